@@ -1,0 +1,1 @@
+//! Messages between node agent and guest agent.
