@@ -1,0 +1,3 @@
+//! virtio devices and their PCI transport.
+
+pub mod device;
