@@ -1,3 +1,4 @@
 //! virtio devices and their PCI transport.
 
 pub mod device;
+pub mod rng;

@@ -1,0 +1,1 @@
+//! The virtio block device, its raw files and its copy-on-write layers.

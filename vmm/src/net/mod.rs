@@ -1,0 +1,1 @@
+//! The virtio network device on taps.

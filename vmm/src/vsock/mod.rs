@@ -1,0 +1,1 @@
+//! The virtio socket device, multiplexed to Unix sockets.
