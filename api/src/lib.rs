@@ -1,1 +1,2 @@
 //! Resource types of Understudy.
+#![forbid(unsafe_code)]

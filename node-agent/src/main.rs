@@ -1,2 +1,4 @@
 //! Placeholder, replaced by the first landing.
+#![forbid(unsafe_code)]
+
 fn main() {}

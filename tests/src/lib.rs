@@ -1,1 +1,4 @@
 //! End-to-end harness.
+#![forbid(unsafe_code)]
+
+pub mod client;
