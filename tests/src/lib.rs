@@ -1,4 +1,5 @@
-//! End-to-end harness.
+//! End-to-end tests, the node VM harness, the demo and the benches.
 #![forbid(unsafe_code)]
 
+pub mod bed;
 pub mod client;

@@ -1,0 +1,238 @@
+#!/bin/bash
+# Builds the images of the test bed and says where they are: a stock Debian 12 guest on the older
+# of two kernels, and a node on the newest. What has not changed is not built again; a kill leaves
+# no half image, since everything gets its name last.
+#
+#   images.sh [--bin DIR] [--out FILE] [node|guest-base|guest ...]     (default: all)
+#
+#   --bin DIR    where understudy-guest and understudy-ledger (static) are; without them the guest
+#                image lacks agent and ledger
+#   --out FILE   JSON with the paths of what was built
+set -euo pipefail
+# shellcheck source=tests/bed/lib.sh
+source "$(dirname "$0")/lib.sh"
+
+BIN= OUT=
+WANTED=()
+while (($#)); do
+    case $1 in
+    --bin) BIN=$2 && shift 2 ;;
+    --out) OUT=$2 && shift 2 ;;
+    node | guest-base | guest) WANTED+=("$1") && shift ;;
+    -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0" && exit 0 ;;
+    *) die "images.sh: unknown argument '$1'" "known are --bin DIR, --out FILE, node, guest-base, guest" ;;
+    esac
+done
+((${#WANTED[@]})) || WANTED=(node guest-base guest)
+require_root images
+
+CACHE=$(cache_dir)
+mkdir -p "$CACHE" "$CACHE/debs" "$CACHE/ssh" "$CACHE/logs"
+CACHE=$(cd "$CACHE" && pwd)
+LOG_DIR=$CACHE/logs
+SUITE=bookworm
+
+# One build at a time; whoever waits finds the images made.
+exec 9>"$CACHE/images.lock"
+flock -n 9 || { say "images: waiting for another build in $CACHE" && flock 9; }
+
+if [[ ! -f $CACHE/ssh/id_ed25519 ]]; then
+    rm -f "$CACHE"/ssh/id_ed25519.new*
+    ssh-keygen -q -t ed25519 -N '' -C understudy-bed -f "$CACHE/ssh/id_ed25519.new"
+    mv "$CACHE/ssh/id_ed25519.new.pub" "$CACHE/ssh/id_ed25519.pub"
+    mv "$CACHE/ssh/id_ed25519.new" "$CACHE/ssh/id_ed25519"
+fi
+
+# --- what goes in ------------------------------------------------------------------------------
+
+COMMON=systemd-sysv,systemd,udev,dbus,kmod,iproute2,iputils-ping,openssh-server,ca-certificates
+COMMON+=,e2fsprogs,zstd,initramfs-tools,procps,less,libpam-systemd,attr,acl,util-linux
+GUEST_PACKAGES=$COMMON,nginx-light,cron,logrotate,fdisk,curl,apt-utils
+NODE_PACKAGES=$COMMON,jq,curl,socat,strace,tcpdump,psmisc,lsof,ethtool,mount
+
+# The two newest kernels of the distribution's cloud flavour: the guest runs the older one and has
+# the newer one's package at hand, as any server after an upgrade.
+find_kernels() {
+    mapfile -t KERNELS < <(apt-cache search --names-only '^linux-image-6\.1\.0-[0-9]+-cloud-amd64$' \
+        | awk '{ print $1 }' | sort -V | tail -n 2)
+}
+find_kernels
+if ((${#KERNELS[@]} < 2)); then
+    step "apt-get update" apt-get -q update
+    find_kernels
+fi
+((${#KERNELS[@]} == 2)) || die "found ${#KERNELS[@]} kernel packages linux-image-6.1.0-NN-cloud-amd64, need two" \
+    "the package sources of this machine must be those of Debian 12 ($SUITE, $SUITE-updates, $SUITE-security)"
+OLDER=${KERNELS[0]} NEWER=${KERNELS[1]}
+
+# The versions that these package lists offer now are part of a key, so that an update rebuilds.
+versions() {
+    # shellcheck disable=SC2086
+    apt-cache show --no-all-versions ${1//,/ } | grep -E '^(Package|Version):'
+}
+key_of() { # PACKAGES PATH...
+    local packages=$1
+    shift
+    {
+        versions "$packages"
+        hash_of "$@"
+        declare -f rootfs tree image boot_files fstab authorize build_node build_base build_guest
+    } | sha256sum | cut -c1-12
+}
+# --- how it is made ----------------------------------------------------------------------------
+
+# rootfs DIR PACKAGES: a Debian root directory, its packages from and into the shared cache.
+rootfs() {
+    local dir=$1 packages=$2
+    mmdebstrap --mode=root --variant=minbase --format=directory --include="$packages" \
+        --aptopt='Acquire::Languages "none"' --aptopt='Acquire::Retries "3"' \
+        --dpkgopt=force-unsafe-io --skip=download/empty --skip=essential/unlink \
+        --setup-hook="mkdir -p \"\$1/var/cache/apt/archives\" && find '$CACHE/debs' -name '*.deb' -exec cp -t \"\$1/var/cache/apt/archives\" {} +" \
+        --customize-hook="cd \"\$1/var/cache/apt/archives\" && for d in *.deb; do [ -e '$CACHE/debs/'\$d ] || { cp \$d '$CACHE/debs/'.\$d.\$\$ && mv '$CACHE/debs/'.\$d.\$\$ '$CACHE/debs/'\$d; }; done" \
+        "$SUITE" "$dir"
+    # What mmdebstrap leaves for a first boot to fill: known from the start, so that nobody waits.
+    uuidgen -r | tr -d - >"$dir/etc/machine-id"
+    rm -f "$dir/etc/resolv.conf" && : >"$dir/etc/resolv.conf"
+}
+
+# tree NAME ROOT: our files over the stock ones, owned by root.
+tree() { tar -C "$BED_DIR/$1" --owner=0 --group=0 -c . | tar -C "$2" --no-overwrite-dir -x; }
+
+# image ROOT FILE SIZE UUID LABEL
+image() {
+    rm -f "$2"
+    mke2fs -q -t ext4 -d "$1" -U "$4" -L "$5" -E lazy_itable_init=1,root_owner=0:0 -m 1 "$2" "$3"
+}
+
+boot_files() { # ROOT DIR
+    cp "$1"/boot/vmlinuz-* "$2/vmlinuz"
+    cp "$1"/boot/initrd.img-* "$2/initrd.img"
+}
+
+fstab() { # ROOT UUID
+    printf 'UUID=%s / ext4 defaults,errors=remount-ro 0 1\n' "$2" >"$1/etc/fstab"
+}
+
+authorize() { # ROOT
+    install -d -m 700 "$1/root/.ssh"
+    install -m 600 "$CACHE/ssh/id_ed25519.pub" "$1/root/.ssh/authorized_keys"
+}
+
+build_node() {
+    local tmp=$NODE.tmp uuid
+    rm -rf "$tmp" && mkdir -p "$tmp"
+    rootfs "$tmp/rootfs" "$NODE_PACKAGES,$NEWER"
+    uuid=$(uuidgen -r)
+    tree node "$tmp/rootfs"
+    fstab "$tmp/rootfs" "$uuid"
+    mkdir -p "$tmp/rootfs/var/lib/understudy"
+    printf 'LABEL=understudy /var/lib/understudy ext4 defaults,noatime,nofail,x-systemd.device-timeout=20 0 2\n' \
+        >>"$tmp/rootfs/etc/fstab"
+    authorize "$tmp/rootfs"
+    chroot "$tmp/rootfs" systemctl -q enable systemd-networkd systemd-network-generator
+    chroot "$tmp/rootfs" systemctl -q mask systemd-networkd-wait-online apt-daily.timer \
+        apt-daily-upgrade.timer man-db.timer e2scrub_all.timer dpkg-db-backup.timer
+    boot_files "$tmp/rootfs" "$tmp"
+    image "$tmp/rootfs" "$tmp/root.ext4" 4G "$uuid" node
+    rm -rf "$tmp/rootfs"
+    jq -n --arg kernel "${NEWER#linux-image-}" --arg uuid "$uuid" \
+        '{kernel: $kernel, uuid: $uuid}' >"$tmp/meta.json"
+    mv "$tmp" "$NODE"
+}
+
+build_base() {
+    local tmp=$BASE.tmp
+    rm -rf "$tmp" && mkdir -p "$tmp"
+    rootfs "$tmp/rootfs" "$GUEST_PACKAGES,$OLDER"
+    tree guest "$tmp/rootfs"
+    echo guest >"$tmp/rootfs/etc/hostname"
+    printf '127.0.0.1\tlocalhost\n127.0.1.1\tguest\n' >"$tmp/rootfs/etc/hosts"
+    chroot "$tmp/rootfs" systemctl -q enable systemd-networkd nginx ssh serial-getty@ttyS0
+    chroot "$tmp/rootfs" systemctl -q disable systemd-networkd-wait-online
+    rm -f "$tmp/rootfs/var/www/html/index.nginx-debian.html"
+    (cd "$CACHE/debs" && apt-get -q -o APT::Sandbox::User=root download "$NEWER")
+    mkdir -p "$tmp/rootfs/var/cache/apt/archives"
+    cp "$CACHE/debs/$NEWER"_*.deb "$tmp/rootfs/var/cache/apt/archives/"
+    jq -n --arg older "${OLDER#linux-image-}" --arg newer "${NEWER#linux-image-}" \
+        '{olderKernel: $older, newerKernel: $newer}' >"$tmp/meta.json"
+    mv "$tmp" "$BASE"
+}
+
+# The cheap step, repeated whenever agent or ledger change.
+build_guest() {
+    local tmp=$GUEST.tmp uuid
+    rm -rf "$tmp" && mkdir -p "$tmp"
+    uuid=$(uuidgen -r)
+    cp -a --reflink=auto "$BASE/rootfs" "$tmp/rootfs"
+    fstab "$tmp/rootfs" "$uuid"
+    authorize "$tmp/rootfs"
+    if [[ " ${GUEST_BINARIES[*]} " == *" understudy-ledger "* ]]; then
+        install -m 755 "$BIN/understudy-ledger" "$tmp/rootfs/usr/local/bin/understudy-ledger"
+        chroot "$tmp/rootfs" systemctl -q enable ledger
+    fi
+    if [[ " ${GUEST_BINARIES[*]} " == *" understudy-guest "* ]]; then
+        "$BIN/understudy-guest" install --root "$tmp/rootfs"
+    fi
+    boot_files "$tmp/rootfs" "$tmp"
+    image "$tmp/rootfs" "$tmp/guest.ext4" 2560M "$uuid" root
+    rm -rf "$tmp/rootfs"
+    jq --arg uuid "$uuid" '. + {uuid: $uuid, binaries: $ARGS.positional}' "$BASE/meta.json" \
+        --args "${GUEST_BINARIES[@]}" >"$tmp/meta.json"
+    mv "$tmp" "$GUEST"
+}
+
+NODE_KEY=$(key_of "$NODE_PACKAGES,$NEWER" "$BED_DIR/node" "$CACHE/ssh/id_ed25519.pub")
+BASE_KEY=$(key_of "$GUEST_PACKAGES,$OLDER,$NEWER" "$BED_DIR/guest")
+GUEST_INPUTS=("$CACHE/ssh/id_ed25519.pub")
+GUEST_BINARIES=()
+for name in understudy-guest understudy-ledger; do
+    if [[ -n $BIN && -x $BIN/$name ]]; then
+        GUEST_INPUTS+=("$BIN/$name")
+        GUEST_BINARIES+=("$name")
+    fi
+done
+GUEST_KEY=$(echo "$BASE_KEY $(hash_of "${GUEST_INPUTS[@]}")" | sha256sum | cut -c1-12)
+
+NODE=$CACHE/node-$NODE_KEY BASE=$CACHE/guest-base-$BASE_KEY GUEST=$CACHE/guest-$GUEST_KEY
+
+wanted() { [[ " ${WANTED[*]} " == *" $1 "* ]]; }
+
+# Node and guest base have nothing to do with each other: one core each.
+pids=()
+if wanted node && [[ ! -d $NODE ]]; then
+    step "node image" build_node &
+    pids+=($!)
+fi
+if { wanted guest-base || wanted guest; } && [[ ! -d $BASE ]]; then
+    step "guest base" build_base &
+    pids+=($!)
+fi
+for pid in "${pids[@]}"; do wait "$pid"; done
+if wanted guest; then
+    for name in understudy-guest understudy-ledger; do
+        [[ " ${GUEST_BINARIES[*]} " == *" $name "* ]] \
+            || say "  guest image: without $name (not found in '${BIN:-no --bin DIR given}')"
+    done
+    if [[ ! -d $GUEST ]]; then step "guest image" build_guest; fi
+fi
+
+# Use is noted, so that the oldest go first; what an instance still has open lives until it closes.
+prune() { # GLOB KEEP
+    local dir
+    # shellcheck disable=SC2012,SC2086
+    ls -1dt $1 2>/dev/null | grep -v '\.tmp$' | tail -n +"$(($2 + 1))" | while read -r dir; do rm -rf "$dir"; done
+}
+for dir in "$NODE" "$BASE" "$GUEST"; do if [[ -d $dir ]]; then touch "$dir"; fi; done
+prune "$CACHE/node-????????????" 3
+prune "$CACHE/guest-base-????????????" 3
+prune "$CACHE/guest-????????????" 8
+
+if [[ -n $OUT ]]; then
+    mkdir -p "$(dirname "$OUT")"
+    package=$(find "$CACHE/debs" -name "${NEWER}_*.deb" -printf '/var/cache/apt/archives/%f\n' | sort -V | tail -n 1)
+    jq -n --arg cache "$CACHE" --arg node "$NODE" --arg base "$BASE" --arg guest "$GUEST" \
+        --arg older "${OLDER#linux-image-}" --arg newer "${NEWER#linux-image-}" --arg package "$package" \
+        '{cache: $cache, node: $node, guestBase: $base, guest: $guest,
+          olderKernel: $older, newerKernel: $newer, newerPackage: $package}' >"$OUT.tmp"
+    mv "$OUT.tmp" "$OUT"
+fi

@@ -1,0 +1,76 @@
+//! The images that nodes and guests start from, built by `tests/bed/images.sh`.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use super::repository;
+
+/// Where the images are and what is in them.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Images {
+    /// The cache that holds them.
+    pub cache: PathBuf,
+    /// Directory of the node image: `root.ext4`, `vmlinuz`, `initrd.img`.
+    pub node: PathBuf,
+    /// Directory of the guest before our binaries are put in: `rootfs/`.
+    pub guest_base: PathBuf,
+    /// Directory of the guest image: `guest.ext4`, `vmlinuz`, `initrd.img`.
+    pub guest: PathBuf,
+    /// Kernel release that the guest image boots.
+    pub older_kernel: String,
+    /// Kernel release whose package waits inside the guest.
+    pub newer_kernel: String,
+    /// Path of that package inside the guest.
+    pub newer_package: String,
+}
+
+impl Images {
+    /// Builds what is missing or outdated and says where everything is. `binaries` is a directory
+    /// with the static `understudy-guest` and `understudy-ledger`; what it lacks the guest image
+    /// lacks. `only` limits the work to `node`, `guest-base` or `guest`; empty means all.
+    pub fn build(binaries: &Path, only: &[&str]) -> Result<Self> {
+        let script = repository().join("tests/bed/images.sh");
+        let out = repository().join("target/bed/images.json");
+        let status = Command::new(&script)
+            .arg("--bin")
+            .arg(binaries)
+            .arg("--out")
+            .arg(&out)
+            .args(only)
+            .status()
+            .with_context(|| format!("cannot run {}", script.display()))?;
+        if !status.success() {
+            bail!(
+                "{} failed ({status}); what it printed above says why",
+                script.display()
+            );
+        }
+        Self::load(&out)
+    }
+
+    /// Reads what an earlier [`Images::build`] wrote.
+    pub fn load(file: &Path) -> Result<Self> {
+        let text = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+        serde_json::from_slice(&text)
+            .with_context(|| format!("{} is not what images.sh writes", file.display()))
+    }
+
+    /// A name for the guest image that changes with its content.
+    pub fn guest_name(&self) -> String {
+        let key = self
+            .guest
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default();
+        format!("{key}.ext4")
+    }
+
+    /// The root disk of a guest that has not booted yet.
+    pub fn guest_disk(&self) -> PathBuf {
+        self.guest.join("guest.ext4")
+    }
+}
