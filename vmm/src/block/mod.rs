@@ -1,1 +1,25 @@
 //! The virtio block device, its raw files and its copy-on-write layers.
+//!
+//! A [`Disk`] is the raw file that the user named with a chain of layers above it; a [`BlockDevice`]
+//! shows it to the guest.
+
+#[allow(dead_code)] // Used by the layers, which land next.
+mod buffers;
+mod device;
+mod disk;
+mod error;
+mod request;
+mod source;
+#[allow(dead_code)] // Used by the layers, which land next.
+mod storage;
+
+pub use device::BlockDevice;
+pub use disk::Disk;
+pub use error::DiskError;
+pub use source::{SOURCE_VERSION, SourceRecord};
+
+/// Unit of the block device's addresses (virtio 1.2, 5.2).
+pub const SECTOR: u64 = 512;
+
+/// Unit of layers: states are kept for blocks of this size.
+pub const BLOCK: u64 = 4096;

@@ -2,3 +2,7 @@
 
 pub mod device;
 pub mod rng;
+pub mod worker;
+
+#[cfg(test)]
+pub(crate) mod testing;
