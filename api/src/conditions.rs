@@ -1,0 +1,234 @@
+//! Conditions: all of them from the first visit, a reason always, transition times carried over.
+
+use jiff::Timestamp;
+
+use crate::{Condition, Phase, Time};
+
+/// Types of conditions.
+pub mod types {
+    /// It is as declared (kstatus).
+    pub const READY: &str = "Ready";
+    /// Work is under way (kstatus).
+    pub const RECONCILING: &str = "Reconciling";
+    /// It will not get further by itself (kstatus).
+    pub const STALLED: &str = "Stalled";
+    /// A SeamlessReboot has succeeded (as a Job's).
+    pub const COMPLETE: &str = "Complete";
+    /// A SeamlessReboot has failed or was aborted (as a Job's).
+    pub const FAILED: &str = "Failed";
+    /// The guest agent answers.
+    pub const AGENT_CONNECTED: &str = "AgentConnected";
+    /// The guest says that a newer kernel or library waits for a reboot.
+    pub const REBOOT_REQUIRED: &str = "RebootRequired";
+}
+
+/// Reasons, in one word each. Part of the API: they are matched by scripts.
+pub mod reasons {
+    /// The first visit.
+    pub const PENDING: &str = "Pending";
+    /// Work is under way.
+    pub const IN_PROGRESS: &str = "InProgress";
+    /// The reboot has succeeded.
+    pub const REBOOTED: &str = "Rebooted";
+    /// What `expect` names held before anything was done.
+    pub const ALREADY_SATISFIED: &str = "AlreadySatisfied";
+    /// The clone does not satisfy `expect`.
+    pub const EXPECTATION_NOT_MET: &str = "ExpectationNotMet";
+    /// What the reboot needs is not there: guest agent, memory, disk, a capability.
+    pub const PREFLIGHT_FAILED: &str = "PreflightFailed";
+    /// No Guest of that name.
+    pub const GUEST_NOT_FOUND: &str = "GuestNotFound";
+    /// Another operation is in flight for this guest.
+    pub const GUEST_BUSY: &str = "GuestBusy";
+    /// The guest refused what was asked of it.
+    pub const GUEST_REFUSED: &str = "GuestRefused";
+    /// The guest's own VMM ended; the guest is booted anew.
+    pub const GUEST_DIED: &str = "GuestDied";
+    /// The clone's kernel panicked, or its VMM ended.
+    pub const CLONE_DIED: &str = "CloneDied";
+    /// The clone did not report its boot in time.
+    pub const CLONE_SILENT: &str = "CloneSilent";
+    /// Units fail on the clone that did not fail on the guest.
+    pub const UNITS_FAILED: &str = "UnitsFailed";
+    /// Files changed on both sides and `onConflict` is `Fail`, or the clone refused a round.
+    pub const INTEGRATION_FAILED: &str = "IntegrationFailed";
+    /// The filter lost changes.
+    pub const CAPTURE_LOST: &str = "CaptureLost";
+    /// No attempt to cut over fitted into `maxPause`.
+    pub const MAX_PAUSE_EXCEEDED: &str = "MaxPauseExceeded";
+    /// A phase took longer than its timeout.
+    pub const TIMED_OUT: &str = "TimedOut";
+    /// A step failed for another reason; the message tells it.
+    pub const STEP_FAILED: &str = "StepFailed";
+    /// It was aborted.
+    pub const ABORTED: &str = "Aborted";
+    /// The manifest is not valid.
+    pub const INVALID: &str = "Invalid";
+}
+
+/// One condition as it shall be now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted<'a> {
+    /// One of [`types`].
+    pub kind: &'a str,
+    /// `True`, `False` or (`None`) `Unknown`.
+    pub status: Option<bool>,
+    /// One of [`reasons`]; never empty.
+    pub reason: &'a str,
+    /// For people.
+    pub message: &'a str,
+}
+
+/// Sets the wanted conditions in `conditions`. A condition's transition time changes only with its status,
+/// so that writing the same thing again changes nothing. Conditions of other types stay.
+pub fn set(conditions: &mut Vec<Condition>, generation: i64, now: Timestamp, wanted: &[Wanted<'_>]) {
+    for want in wanted {
+        let status = match want.status {
+            Some(true) => "True",
+            Some(false) => "False",
+            None => "Unknown",
+        };
+        let mut condition = Condition {
+            type_: want.kind.to_owned(),
+            status: status.to_owned(),
+            reason: want.reason.to_owned(),
+            message: want.message.to_owned(),
+            observed_generation: Some(generation),
+            last_transition_time: Time(now),
+        };
+        match conditions.iter_mut().find(|there| there.type_ == want.kind) {
+            Some(there) => {
+                if there.status == condition.status {
+                    condition.last_transition_time = there.last_transition_time.clone();
+                }
+                *there = condition;
+            }
+            None => conditions.push(condition),
+        }
+    }
+}
+
+/// Status of `Ready`, `Reconciling`, `Stalled`, `Complete` and `Failed` of a SeamlessReboot in a phase.
+pub fn table(phase: Phase) -> [(&'static str, bool); 5] {
+    let (ready, reconciling, stalled, complete, failed) = match phase {
+        Phase::Succeeded => (true, false, false, true, false),
+        Phase::Failed | Phase::Aborted => (false, false, true, false, true),
+        _ => (false, true, false, false, false),
+    };
+    [
+        (types::READY, ready),
+        (types::RECONCILING, reconciling),
+        (types::STALLED, stalled),
+        (types::COMPLETE, complete),
+        (types::FAILED, failed),
+    ]
+}
+
+/// Sets the conditions of a SeamlessReboot in a phase.
+pub fn set_for_phase(
+    conditions: &mut Vec<Condition>,
+    generation: i64,
+    now: Timestamp,
+    phase: Phase,
+    reason: &str,
+    message: &str,
+) {
+    let wanted = table(phase).map(|(kind, status)| Wanted {
+        kind,
+        status: Some(status),
+        reason,
+        message,
+    });
+    set(conditions, generation, now, &wanted);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    fn status(conditions: &[Condition], kind: &str) -> String {
+        conditions
+            .iter()
+            .find(|c| c.type_ == kind)
+            .unwrap()
+            .status
+            .clone()
+    }
+
+    /// kstatus: Stalled=True is Failed; Reconciling=True is InProgress; Ready=True is Current.
+    fn kstatus(conditions: &[Condition]) -> &'static str {
+        if status(conditions, types::STALLED) == "True" {
+            "Failed"
+        } else if status(conditions, types::RECONCILING) == "True" {
+            "InProgress"
+        } else if status(conditions, types::READY) == "True" {
+            "Current"
+        } else {
+            "InProgress"
+        }
+    }
+
+    #[test]
+    fn kstatus_reads_every_phase_rightly_and_every_condition_has_a_reason() {
+        for phase in Phase::ALL {
+            let mut conditions = Vec::new();
+            set_for_phase(&mut conditions, 1, at(1), phase, reasons::IN_PROGRESS, "");
+            assert_eq!(conditions.len(), 5);
+            assert!(conditions.iter().all(|c| !c.reason.is_empty()));
+            let expected = match phase {
+                Phase::Succeeded => "Current",
+                Phase::Failed | Phase::Aborted => "Failed",
+                _ => "InProgress",
+            };
+            assert_eq!(kstatus(&conditions), expected, "{phase}");
+        }
+    }
+
+    #[test]
+    fn a_transition_time_changes_with_the_status_and_with_nothing_else() {
+        let mut conditions = Vec::new();
+        set_for_phase(&mut conditions, 1, at(1), Phase::Pending, reasons::PENDING, "");
+        set_for_phase(
+            &mut conditions,
+            2,
+            at(2),
+            Phase::Cloning,
+            reasons::IN_PROGRESS,
+            "splitting",
+        );
+        assert!(conditions.iter().all(|c| c.last_transition_time.0 == at(1)));
+        assert!(
+            conditions
+                .iter()
+                .all(|c| c.message == "splitting" && c.observed_generation == Some(2))
+        );
+        set_for_phase(&mut conditions, 2, at(3), Phase::Succeeded, reasons::REBOOTED, "");
+        for condition in &conditions {
+            let changed = ["Ready", "Reconciling", "Complete"].contains(&condition.type_.as_str());
+            assert_eq!(
+                condition.last_transition_time.0 == at(3),
+                changed,
+                "{}",
+                condition.type_
+            );
+        }
+    }
+
+    #[test]
+    fn conditions_of_another_writer_stay() {
+        let mut conditions = Vec::new();
+        let other = Wanted {
+            kind: "Accepted",
+            status: None,
+            reason: "Waiting",
+            message: "",
+        };
+        set(&mut conditions, 1, at(1), &[other]);
+        set_for_phase(&mut conditions, 1, at(2), Phase::Pending, reasons::PENDING, "");
+        assert_eq!(status(&conditions, "Accepted"), "Unknown");
+    }
+}
