@@ -1,2 +1,7 @@
-//! Placeholder, replaced by the first landing.
-fn main() {}
+//! The agent inside the guest: see `understudy-guest --help`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    understudy_guest::cli::main()
+}
