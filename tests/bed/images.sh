@@ -12,7 +12,8 @@ set -euo pipefail
 # shellcheck source=tests/bed/lib.sh
 source "$(dirname "$0")/lib.sh"
 
-BIN= OUT=
+BIN=''
+OUT=''
 WANTED=()
 while (($#)); do
     case $1 in
@@ -53,32 +54,41 @@ NODE_PACKAGES=$COMMON,jq,curl,socat,strace,tcpdump,psmisc,lsof,ethtool,mount
 # The two newest kernels of the distribution's cloud flavour: the guest runs the older one and has
 # the newer one's package at hand, as any server after an upgrade.
 find_kernels() {
-    mapfile -t KERNELS < <(apt-cache search --names-only '^linux-image-6\.1\.0-[0-9]+-cloud-amd64$' \
-        | awk '{ print $1 }' | sort -V | tail -n 2)
+    apt-cache pkgnames linux-image-6.1.0- | grep -E '^linux-image-6\.1\.0-[0-9]+-cloud-amd64$' | sort -V | tail -n 2
 }
-find_kernels
-if ((${#KERNELS[@]} < 2)); then
-    step "apt-get update" apt-get -q update
-    find_kernels
-fi
-((${#KERNELS[@]} == 2)) || die "found ${#KERNELS[@]} kernel packages linux-image-6.1.0-NN-cloud-amd64, need two" \
-    "the package sources of this machine must be those of Debian 12 ($SUITE, $SUITE-updates, $SUITE-security)"
-OLDER=${KERNELS[0]} NEWER=${KERNELS[1]}
 
-# The versions that these package lists offer now are part of a key, so that an update rebuilds.
-versions() {
-    # shellcheck disable=SC2086
-    apt-cache show --no-all-versions ${1//,/ } | grep -E '^(Package|Version):'
+# What the package lists of this machine offer: kernels and versions. Versions are part of a key,
+# so that an update rebuilds. apt takes seconds to answer, so its answer is kept as long as its
+# lists are the same.
+offered() {
+    local kernels memo
+    memo=$CACHE/offered-$({
+        echo "$GUEST_PACKAGES,$NODE_PACKAGES"
+        stat -c '%n %Y %s' /var/lib/apt/lists/* /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null || true
+    } | sha256sum | cut -c1-16)
+    if [[ ! -f $memo ]]; then
+        mapfile -t kernels < <(find_kernels)
+        if ((${#kernels[@]} < 2)); then return; fi
+        rm -f "$CACHE"/offered-*
+        {
+            printf '%s\n' "${kernels[@]}"
+            # shellcheck disable=SC2046
+            apt-cache show --no-all-versions "${kernels[@]}" $(echo "$GUEST_PACKAGES,$NODE_PACKAGES" | tr , ' ') \
+                | grep -E '^(Package|Version):' | paste - -
+        } >"$memo.tmp"
+        mv "$memo.tmp" "$memo"
+    fi
+    cat "$memo"
 }
-key_of() { # PACKAGES PATH...
-    local packages=$1
-    shift
-    {
-        versions "$packages"
-        hash_of "$@"
-        declare -f rootfs tree image boot_files fstab authorize build_node build_base build_guest
-    } | sha256sum | cut -c1-12
-}
+OFFERED=$(offered)
+if [[ -z $OFFERED ]]; then
+    step "apt-get update" apt-get -q update
+    OFFERED=$(offered)
+fi
+[[ -n $OFFERED ]] || die "there are no two packages linux-image-6.1.0-NN-cloud-amd64 to choose from" \
+    "the package sources of this machine must be those of Debian 12 ($SUITE, $SUITE-updates, $SUITE-security)"
+OLDER=$(sed -n 1p <<<"$OFFERED") NEWER=$(sed -n 2p <<<"$OFFERED")
+
 # --- how it is made ----------------------------------------------------------------------------
 
 # rootfs DIR PACKAGES: a Debian root directory, its packages from and into the shared cache.
@@ -131,7 +141,7 @@ build_node() {
     authorize "$tmp/rootfs"
     chroot "$tmp/rootfs" systemctl -q enable systemd-networkd systemd-network-generator
     chroot "$tmp/rootfs" systemctl -q mask systemd-networkd-wait-online apt-daily.timer \
-        apt-daily-upgrade.timer man-db.timer e2scrub_all.timer dpkg-db-backup.timer
+        apt-daily-upgrade.timer e2scrub_reap e2scrub_all.timer dpkg-db-backup.timer
     boot_files "$tmp/rootfs" "$tmp"
     image "$tmp/rootfs" "$tmp/root.ext4" 4G "$uuid" node
     rm -rf "$tmp/rootfs"
@@ -148,7 +158,8 @@ build_base() {
     echo guest >"$tmp/rootfs/etc/hostname"
     printf '127.0.0.1\tlocalhost\n127.0.1.1\tguest\n' >"$tmp/rootfs/etc/hosts"
     chroot "$tmp/rootfs" systemctl -q enable systemd-networkd nginx ssh serial-getty@ttyS0
-    chroot "$tmp/rootfs" systemctl -q disable systemd-networkd-wait-online
+    # Scrubbing LVM snapshots: 10 s of an emulated boot, for nothing.
+    chroot "$tmp/rootfs" systemctl -q disable systemd-networkd-wait-online e2scrub_reap e2scrub_all.timer
     rm -f "$tmp/rootfs/var/www/html/index.nginx-debian.html"
     (cd "$CACHE/debs" && apt-get -q -o APT::Sandbox::User=root download "$NEWER")
     mkdir -p "$tmp/rootfs/var/cache/apt/archives"
@@ -181,6 +192,18 @@ build_guest() {
     mv "$tmp" "$GUEST"
 }
 
+# key_of PACKAGES PATH...: over the packages' versions, our files and the recipe.
+key_of() {
+    local packages=$1
+    shift
+    {
+        echo "$packages" "$SUITE"
+        # Version lines of these packages alone.
+        awk 'NR == FNR { want[$0]; next } $2 in want' <(tr , '\n' <<<"$packages") <(tail -n +3 <<<"$OFFERED")
+        hash_of "$@"
+        declare -f rootfs tree image boot_files fstab authorize build_node build_base
+    } | sha256sum | cut -c1-12
+}
 NODE_KEY=$(key_of "$NODE_PACKAGES,$NEWER" "$BED_DIR/node" "$CACHE/ssh/id_ed25519.pub")
 BASE_KEY=$(key_of "$GUEST_PACKAGES,$OLDER,$NEWER" "$BED_DIR/guest")
 GUEST_INPUTS=("$CACHE/ssh/id_ed25519.pub")
@@ -191,7 +214,7 @@ for name in understudy-guest understudy-ledger; do
         GUEST_BINARIES+=("$name")
     fi
 done
-GUEST_KEY=$(echo "$BASE_KEY $(hash_of "${GUEST_INPUTS[@]}")" | sha256sum | cut -c1-12)
+GUEST_KEY=$({ echo "$BASE_KEY" && hash_of "${GUEST_INPUTS[@]}" && declare -f build_guest; } | sha256sum | cut -c1-12)
 
 NODE=$CACHE/node-$NODE_KEY BASE=$CACHE/guest-base-$BASE_KEY GUEST=$CACHE/guest-$GUEST_KEY
 
@@ -217,15 +240,14 @@ if wanted guest; then
 fi
 
 # Use is noted, so that the oldest go first; what an instance still has open lives until it closes.
-prune() { # GLOB KEEP
-    local dir
-    # shellcheck disable=SC2012,SC2086
-    ls -1dt $1 2>/dev/null | grep -v '\.tmp$' | tail -n +"$(($2 + 1))" | while read -r dir; do rm -rf "$dir"; done
+prune() { # NAME KEEP
+    find "$CACHE" -maxdepth 1 -type d -name "$1-????????????" -printf '%T@ %p\n' | sort -rn \
+        | tail -n +"$(($2 + 1))" | cut -d ' ' -f 2- | xargs -r rm -rf
 }
 for dir in "$NODE" "$BASE" "$GUEST"; do if [[ -d $dir ]]; then touch "$dir"; fi; done
-prune "$CACHE/node-????????????" 3
-prune "$CACHE/guest-base-????????????" 3
-prune "$CACHE/guest-????????????" 8
+prune node 3
+prune guest-base 3
+prune guest 8
 
 if [[ -n $OUT ]]; then
     mkdir -p "$(dirname "$OUT")"
