@@ -17,10 +17,11 @@ ip:iproute2
 jq:jq
 curl:curl
 cc:gcc
-ar:binutils
 make:make
 git:git
 zstd:zstd
+shellcheck:shellcheck
+strip:binutils
 uuidgen:uuid-runtime
 /usr/share/keyrings/debian-archive-keyring.gpg:debian-archive-keyring
 /usr/lib/x86_64-linux-gnu/libc.a:libc6-dev

@@ -3,4 +3,5 @@
 
 pub mod bed;
 pub mod client;
+pub mod e2e;
 pub mod ledger;

@@ -69,6 +69,15 @@ impl Images {
         format!("{key}.ext4")
     }
 
+    /// True when this binary of ours was put into the guest image.
+    pub fn guest_has(&self, binary: &str) -> bool {
+        let meta = std::fs::read(self.guest.join("meta.json")).unwrap_or_default();
+        let meta: serde_json::Value = serde_json::from_slice(&meta).unwrap_or_default();
+        meta["binaries"]
+            .as_array()
+            .is_some_and(|list| list.iter().any(|name| name == binary))
+    }
+
     /// The root disk of a guest that has not booted yet.
     pub fn guest_disk(&self) -> PathBuf {
         self.guest.join("guest.ext4")

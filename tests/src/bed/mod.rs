@@ -4,18 +4,22 @@
 //! Debian loads `kvm_amd`, so that everything above runs against the real `/dev/kvm`. A node stays
 //! up between test runs; that is what makes the inner loop short.
 
+mod guest_check;
 mod images;
 mod netns;
 mod node;
 mod qmp;
 mod ssh;
+mod stage;
 mod wait;
 
+pub use guest_check::check_guest;
 pub use images::Images;
 pub use netns::{GATEWAY, NetNs};
 pub use node::{Node, NodeOptions, Status};
 pub use qmp::Qmp;
 pub use ssh::{Output, Ssh};
+pub use stage::{NODE_BIN, Stage};
 pub use wait::{Deadline, wait_until};
 
 use std::path::{Path, PathBuf};

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
-use understudy_tests::bed::{Images, Node, NodeOptions, Status};
+use understudy_tests::bed::{Images, Node, NodeOptions, Status, check_guest};
 
 /// Images and node VMs of Understudy's test bed
 #[derive(Parser)]
@@ -29,6 +29,8 @@ enum Command {
         #[arg(value_parser = ["node", "guest-base", "guest"])]
         only: Vec<String>,
     },
+    /// Boot the guest image in plain QEMU and ask its services
+    GuestCheck,
     /// A node VM with real (emulated) SVM
     Node {
         /// Which node: each name is an instance with disks and a network of its own
@@ -111,6 +113,7 @@ fn run(cli: Cli) -> Result<()> {
             println!("{}", serde_json::to_string_pretty(&images)?);
             Ok(())
         }
+        Command::GuestCheck => check_guest(&Images::build(&bin, &["guest"])?),
         Command::Node { name, command } => node(&Node::named(&name)?, command, &bin),
     }
 }

@@ -1,0 +1,58 @@
+# Everything a developer types. `make help` says what there is.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.ONESHELL:
+MAKEFLAGS += --no-print-directory
+
+# Static binaries run in any guest and on any node. The target is named even though it is the
+# machine's own, so that the flag does not reach build scripts and procedural macros.
+export CARGO_BUILD_TARGET := x86_64-unknown-linux-gnu
+export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS := -C target-feature=+crt-static
+export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
+
+BIN := target/$(CARGO_BUILD_TARGET)/debug
+BED := $(BIN)/understudy-bed
+TIMED := tests/bed/timed.sh
+
+.PHONY: help setup build images check test e2e node-up node-down node-ssh guest-check demo bench clean
+
+help: ## Say what there is
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Install what is missing on a Debian 12 machine
+	@tests/bed/setup.sh
+
+build: setup ## Build the binaries (static)
+	@$(TIMED) build cargo build --workspace --bins
+
+images: build ## Build the guest and node images where they are outdated
+	@$(TIMED) images $(BED) images >/dev/null
+
+check: setup ## Formatting, lints, shell scripts, unit tests
+	@$(TIMED) format cargo fmt --all --check
+	$(TIMED) clippy cargo clippy --workspace --all-targets -- -D warnings
+	$(TIMED) shellcheck shellcheck -x tests/bed/*.sh .ci/run
+	$(TIMED) unit-tests cargo test --workspace
+
+test: check e2e ## Everything: check, then the end-to-end tests on a node VM
+
+e2e: build ## End-to-end tests on the node VM; T=name for one of them
+	@UNDERSTUDY_E2E=1 $(TIMED) end-to-end cargo test -p understudy-tests --test e2e -- $(T) $(ARGS)
+
+node-up: build ## Start the node VM where it is not up
+	@$(BED) node up
+
+node-down: ## Shut the node VM down
+	@$(BED) node down
+
+node-ssh: ## A shell in the node VM
+	@$(BED) node ssh
+
+guest-check: images ## Boot the guest image in plain QEMU and ask its services
+	@$(TIMED) guest-check $(BED) guest-check
+
+clean: ## Remove what was built in the checkout
+	@if [[ -x $(BED) ]]; then $(BED) node remove; fi
+	cargo clean

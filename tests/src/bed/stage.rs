@@ -1,0 +1,138 @@
+//! A stage: a node that is up, with current binaries and the current guest image in it. End-to-end
+//! tests, demo and benches all begin here.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+use super::{Images, Node, NodeOptions, repository};
+
+/// Binaries that a node needs, as cargo names them.
+const ON_NODE: [&str; 3] = ["understudy-vmm", "understudy-node", "understudy-guest"];
+
+/// Where binaries are on a node.
+pub const NODE_BIN: &str = "/opt/understudy/bin";
+
+/// A node that is up and ours alone.
+pub struct Stage {
+    /// The node.
+    pub node: Node,
+    /// The images in use.
+    pub images: Images,
+    /// Path of the pristine guest image on the node; to be copied, never written.
+    pub guest_image: String,
+    /// Held as long as the stage is used.
+    _lock: File,
+}
+
+impl Stage {
+    /// Brings the node of this name to where tests can begin. `binaries` is the directory of static
+    /// binaries; what has not changed is not copied again.
+    pub fn set(name: &str, binaries: &Path) -> Result<Self> {
+        let node = Node::named(name)?;
+        let lock = node.lock()?;
+        let images = Images::build(binaries, &[])?;
+        let started = Instant::now();
+        if node.up(&images, &NodeOptions::default(), false)? {
+            report("node up", started);
+        }
+        push_binaries(&node, binaries)?;
+        let started = Instant::now();
+        let name = images.guest_name();
+        let here = node
+            .ssh()
+            .output(&format!("test -e /var/lib/understudy/images/{name}"))?
+            .status
+            .success();
+        if !here {
+            // Older images are of no use to anybody: who runs on this node holds its lock.
+            node.ssh().run("rm -f /var/lib/understudy/images/*")?;
+        }
+        let guest_image = node.push_image(&images.guest_disk(), &name)?;
+        if !here {
+            report("guest image into node", started);
+        }
+        Ok(Self {
+            node,
+            images,
+            guest_image,
+            _lock: lock,
+        })
+    }
+
+    /// The directory of static binaries beside the running program: `target/TRIPLE/PROFILE`, also when
+    /// the program is a test in `deps/`.
+    pub fn binaries() -> Result<PathBuf> {
+        let program = std::env::current_exe().context("cannot find this program's own path")?;
+        let dir = program.parent().context("this program has no directory")?;
+        let dir = if dir.ends_with("deps") {
+            dir.parent().unwrap_or(dir)
+        } else {
+            dir
+        };
+        Ok(dir.to_path_buf())
+    }
+}
+
+fn report(what: &str, started: Instant) {
+    eprintln!("  {what}: {:.1} s", started.elapsed().as_secs_f64());
+}
+
+/// Copies what has changed. The node keeps a list of what it has, so that nothing is hashed there.
+fn push_binaries(node: &Node, binaries: &Path) -> Result<()> {
+    let list = format!("{NODE_BIN}/.pushed");
+    let there = node.ssh().output(&format!("cat {list}"))?.stdout;
+    let mut now = String::new();
+    let scratch = repository().join("target/bed/push");
+    fs::create_dir_all(&scratch).with_context(|| format!("cannot create {}", scratch.display()))?;
+    for name in ON_NODE {
+        let binary = binaries.join(name);
+        if !binary.exists() {
+            bail!("{} is missing: 'make build' builds it", binary.display());
+        }
+        let entry = format!("{} {name}", sha256(&binary)?);
+        if !there.lines().any(|line| line == entry) {
+            let started = Instant::now();
+            let small = scratch.join(format!("{name}.{}", std::process::id()));
+            // Line tables are most of a development build and of no use over there.
+            let status = Command::new("strip")
+                .arg("--strip-debug")
+                .arg("-o")
+                .arg(&small)
+                .arg(&binary)
+                .status();
+            if !status.is_ok_and(|status| status.success()) {
+                bail!("cannot run strip on {} (package binutils)", binary.display());
+            }
+            node.ssh().push(&small, &format!("{NODE_BIN}/{name}"), 0o755)?;
+            fs::remove_file(&small)?;
+            report(&format!("{name} into node"), started);
+        }
+        now.push_str(&entry);
+        now.push('\n');
+    }
+    if now != there {
+        node.ssh().write(&list, &now)?;
+    }
+    Ok(())
+}
+
+fn sha256(file: &Path) -> Result<String> {
+    let output = Command::new("sha256sum")
+        .arg("-b")
+        .arg(file)
+        .output()
+        .context("cannot run sha256sum")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    match text.split_whitespace().next() {
+        Some(hash) if output.status.success() => Ok(hash.trim_start_matches('\\').to_owned()),
+        _ => bail!(
+            "cannot hash {}: {}",
+            file.display(),
+            String::from_utf8_lossy(&output.stderr).trim()
+        ),
+    }
+}

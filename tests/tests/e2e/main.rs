@@ -1,0 +1,51 @@
+//! End-to-end tests: real KVM in a node VM, stock Debian guests. They run one at a time on a node that
+//! stays up between runs: `make e2e`, or `make e2e T=name` for one.
+//!
+//! Plain `cargo test` shows them as ignored, since they need root and a node: `UNDERSTUDY_E2E=1` is
+//! what `make` sets.
+
+mod node;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use libtest_mimic::{Arguments, Trial};
+
+use understudy_tests::e2e::{Context, Run};
+
+/// A test: its name and what it does.
+type Test = (&'static str, fn(&Context) -> anyhow::Result<()>);
+
+/// All of them, cheapest first.
+const TESTS: &[Test] = &[("node_vm_has_real_kvm", node::node_vm_has_real_kvm)];
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // One node, one test at a time.
+    arguments.test_threads = Some(1);
+    let enabled = std::env::var_os("UNDERSTUDY_E2E").is_some_and(|value| !value.is_empty());
+    if !enabled || arguments.list {
+        let trials = TESTS
+            .iter()
+            .map(|(name, _)| Trial::test(*name, || Ok(())).with_ignored_flag(!enabled));
+        let conclusion = libtest_mimic::run(&arguments, trials.collect());
+        if !enabled && !arguments.list {
+            println!(
+                "end-to-end tests need a node VM: 'make e2e' runs them, 'make e2e T=name' one of them\n"
+            );
+        }
+        return conclusion.exit_code();
+    }
+    let run = match Run::prepare() {
+        Ok(run) => Arc::new(run),
+        Err(error) => {
+            eprintln!("error: cannot prepare the node VM: {error:#}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let trials = TESTS.iter().map(|(name, test)| {
+        let run = run.clone();
+        Trial::test(*name, move || run.test(name, *test).map_err(Into::into))
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+}
