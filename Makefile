@@ -41,6 +41,9 @@ test: check e2e ## Everything: check, then the end-to-end tests on a node VM
 e2e: build ## End-to-end tests on the node VM; T=name for one of them
 	@UNDERSTUDY_E2E=1 $(TIMED) end-to-end cargo test -p understudy-tests --test e2e -- $(T) $(ARGS)
 
+demo: build ## The main job on real input: a seamless reboot, and an ordinary one beside it
+	@$(BIN)/understudy-demo $(ARGS)
+
 node-up: build ## Start the node VM where it is not up
 	@$(BED) node up
 

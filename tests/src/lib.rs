@@ -3,5 +3,7 @@
 
 pub mod bed;
 pub mod client;
+pub mod demo;
 pub mod e2e;
 pub mod ledger;
+pub mod machine;

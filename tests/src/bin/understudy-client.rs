@@ -40,7 +40,9 @@ fn main() -> Result<()> {
     });
     let mut client = Client::new(arguments.page, arguments.ledger, &arguments.run).context("starting")?;
     loop {
-        client.run_until(Instant::now() + Duration::from_millis(20)).context("the client's event loop")?;
+        client
+            .run_until(Instant::now() + Duration::from_millis(20))
+            .context("the client's event loop")?;
         match commands.try_recv() {
             Ok(line) => match line.split_once(' ') {
                 Some(("mark", phase)) => client.mark(phase),

@@ -1,0 +1,318 @@
+//! The main job on real input: a stock Debian guest is rebooted into its new kernel while it serves, and
+//! then, for comparison, rebooted the ordinary way.
+
+mod outcome;
+mod show;
+
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+pub use outcome::Outcome;
+use show::Show;
+
+use crate::bed::wait_until;
+use crate::client::Report;
+use crate::machine::{LEDGER_PORT, Machine, condition_is};
+
+const GUEST: &str = "web";
+const REBOOT: &str = "web-new-kernel";
+/// A guest boots in 30 s under emulation; twice that beside a busy machine; the rest is patience.
+const BOOT_LIMIT: Duration = Duration::from_secs(300);
+const REBOOT_LIMIT: Duration = Duration::from_secs(900);
+const INSTALL_LIMIT: Duration = Duration::from_secs(600);
+/// How long the client runs before and after, to see what is usual.
+const QUIET: Duration = Duration::from_secs(10);
+
+const GUEST_MANIFEST: &str = r#"apiVersion: understudy.dev/v1alpha1
+kind: Guest
+metadata:
+  name: web
+spec:
+  cpus: 1
+  memory: 512Mi
+  boot:
+    fromDisk: {}
+  disks:
+    - name: root
+      role: Root
+      source: web.img
+  networks:
+    - bridge: br0
+      mac: 52:54:00:77:01:01
+"#;
+
+/// The reboot, with the kernel that is expected afterwards.
+fn reboot_manifest(kernel: &str) -> String {
+    format!(
+        r#"apiVersion: understudy.dev/v1alpha1
+kind: SeamlessReboot
+metadata:
+  name: {REBOOT}
+spec:
+  guestName: {GUEST}
+  reason: a newer kernel is installed
+  expect:
+    kernelRelease: {kernel}
+  services:
+    hold:
+      - ledger.service
+  cutover:
+    maxPause: 20s
+  retainDormantFor: 1m
+"#
+    )
+}
+
+/// Runs the demo on a machine. Whatever fails is an error; the caller keeps the logs.
+pub fn run(machine: &mut Machine) -> Result<Outcome> {
+    let started = Instant::now();
+    let show = Show::new();
+    let older = machine.images().older_kernel.clone();
+    let newer = machine.images().newer_kernel.clone();
+
+    let step = show.step("Clearing the stage");
+    machine.clear()?;
+    step.done(&machine.describe());
+
+    let step = show.step("Bringing the guest's disk");
+    machine.place_disk("web.img")?;
+    step.done("stock Debian 12 with nginx and a ledger");
+
+    let step = show.step("Starting the node agent");
+    machine.start_agent()?;
+    step.done("stand-alone, on a directory of manifests");
+
+    let step = show.step("Booting the guest");
+    machine.apply("guest.yaml", GUEST_MANIFEST)?;
+    let address = machine.wait_for_guest(GUEST, BOOT_LIMIT)?;
+    let before = guest_life(machine)?;
+    ensure!(
+        before.kernel == older,
+        "the guest should run {older} and runs {}",
+        before.kernel
+    );
+    step.done(&format!("kernel {older}, address {address}"));
+
+    let step = show.step("Installing the newer kernel's package in it");
+    let guest = machine.guest(&address);
+    wait_until("ssh into the guest", BOOT_LIMIT, Duration::from_secs(1), || {
+        Ok(guest.answers()?.then_some(()))
+    })?;
+    install_kernel(machine, &address)?;
+    machine.wait_for(
+        "Guest",
+        GUEST,
+        "to say that it waits for a reboot",
+        Duration::from_secs(120),
+        |guest| Ok(condition_is(guest, "RebootRequired", "True").then_some(())),
+    )?;
+    step.done(&format!("{newer} waits for a reboot"));
+
+    let step = show.step("The client outside begins: page and ledger, every 10 ms");
+    let run = format!("demo-{}", std::process::id());
+    let mut client = Running::start(machine, &address, &run)?;
+    client.mark("quiet")?;
+    std::thread::sleep(QUIET);
+    step.done("");
+
+    show.headline(&format!("Seamless reboot {older} → {newer}"));
+    client.mark("seamless")?;
+    let seamless = Instant::now();
+    machine.apply("seamlessreboot.yaml", &reboot_manifest(&newer))?;
+    let object = follow(machine, &show)?;
+    let seamless = seamless.elapsed();
+    client.mark("after")?;
+    std::thread::sleep(QUIET);
+    let after = guest_life(machine)?;
+    ensure!(
+        after.kernel == newer,
+        "after the seamless reboot the guest runs {} instead of {newer}",
+        after.kernel
+    );
+    ensure!(
+        after.boot_id != before.boot_id,
+        "the guest's boot ID did not change"
+    );
+
+    show.headline(&format!(
+        "Ordinary reboot of the same guest, into the same kernel {newer}"
+    ));
+    let step = show.step("`reboot` in the guest");
+    client.mark("ordinary")?;
+    let ordinary = Instant::now();
+    guest.forget();
+    let _ = guest.output("systemctl reboot");
+    machine.wait_for("Guest", GUEST, "to have rebooted", BOOT_LIMIT, |guest| {
+        let boot = guest["status"]["bootID"].as_str().unwrap_or_default();
+        let fresh = !boot.is_empty() && boot != after.boot_id && condition_is(guest, "Ready", "True");
+        Ok(fresh.then_some(()))
+    })?;
+    wait_for_services(machine, &address)?;
+    let ordinary = ordinary.elapsed();
+    client.mark("last")?;
+    std::thread::sleep(QUIET / 2);
+    step.done("");
+
+    let step = show.step("Reading the ledger back");
+    let report = client.finish()?;
+    step.done(&format!(
+        "{} lines acknowledged, {} found",
+        report.acknowledged, report.found
+    ));
+    let again = guest_life(machine)?;
+    ensure!(
+        again.kernel == newer,
+        "after the ordinary reboot the guest runs {} instead of {newer}",
+        again.kernel
+    );
+
+    let outcome = Outcome::new(
+        machine,
+        &older,
+        &newer,
+        &object,
+        report,
+        seamless,
+        ordinary,
+        started.elapsed(),
+    )?;
+    outcome.check()?;
+    Ok(outcome)
+}
+
+/// Kernel and boot of the guest, as its status tells.
+struct Life {
+    kernel: String,
+    boot_id: String,
+}
+
+fn guest_life(machine: &Machine) -> Result<Life> {
+    let guest = machine
+        .object("Guest", GUEST)?
+        .context("the agent knows no guest")?;
+    let text = |field: &str| guest["status"][field].as_str().unwrap_or_default().to_owned();
+    Ok(Life {
+        kernel: text("kernelRelease"),
+        boot_id: text("bootID"),
+    })
+}
+
+/// Installs the package that waits in the guest's own cache, as its administrator would.
+fn install_kernel(machine: &Machine, address: &str) -> Result<()> {
+    let guest = machine.guest(address);
+    let line = format!(
+        "DEBIAN_FRONTEND=noninteractive timeout {} dpkg -i {} 2>&1",
+        INSTALL_LIMIT.as_secs(),
+        machine.images().newer_package
+    );
+    guest
+        .run(&line)
+        .context("installing the newer kernel in the guest")?;
+    Ok(())
+}
+
+/// Waits until page and ledger answer the client outside.
+fn wait_for_services(machine: &Machine, address: &str) -> Result<()> {
+    for port in [80, LEDGER_PORT] {
+        wait_until(
+            &format!("port {port} of the guest"),
+            BOOT_LIMIT,
+            Duration::from_millis(500),
+            || {
+                let probe = machine
+                    .netns()
+                    .command("timeout")
+                    .args(["2", "bash", "-c", &format!("exec 3<>/dev/tcp/{address}/{port}")])
+                    .stderr(std::process::Stdio::null())
+                    .status()
+                    .context("cannot run bash")?;
+                Ok(probe.success().then_some(()))
+            },
+        )?;
+    }
+    Ok(())
+}
+
+/// Shows the reboot's phases until it has ended; an error unless it succeeded.
+fn follow(machine: &Machine, show: &Show) -> Result<Value> {
+    let mut bar = show.reboot();
+    let object = machine.wait_for("SeamlessReboot", REBOOT, "to end", REBOOT_LIMIT, |object| {
+        bar.show(&object["status"]);
+        let phase = object["status"]["phase"].as_str().unwrap_or_default();
+        Ok(["Succeeded", "Failed", "Aborted"]
+            .contains(&phase)
+            .then(|| object.clone()))
+    })?;
+    bar.end();
+    if object["status"]["phase"] != "Succeeded" {
+        bail!(
+            "the seamless reboot is {}: {}: {}",
+            object["status"]["phase"].as_str().unwrap_or("?"),
+            object["status"]["reason"].as_str().unwrap_or("?"),
+            object["status"]["message"].as_str().unwrap_or("?")
+        );
+    }
+    Ok(object)
+}
+
+/// The client process.
+struct Running {
+    child: Child,
+}
+
+impl Running {
+    fn start(machine: &Machine, address: &str, run: &str) -> Result<Running> {
+        Ok(Running {
+            child: machine.client(address, run)?,
+        })
+    }
+
+    fn say(&mut self, line: &str) -> Result<()> {
+        let stdin = self
+            .child
+            .stdin
+            .as_mut()
+            .context("the client takes no more commands")?;
+        writeln!(stdin, "{line}").context("the client has ended")
+    }
+
+    fn mark(&mut self, phase: &str) -> Result<()> {
+        self.say(&format!("mark {phase}"))
+    }
+
+    fn finish(mut self) -> Result<Report> {
+        self.say("finish")?;
+        drop(self.child.stdin.take());
+        let mut text = String::new();
+        if let Some(stdout) = self.child.stdout.as_mut() {
+            stdout.read_to_string(&mut text)?;
+        }
+        let status = self.child.wait()?;
+        ensure!(status.success(), "the client failed ({status})");
+        serde_json::from_str(&text).context("the client's report")
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs the demo and keeps every log in `logs` where it fails.
+pub fn run_with_logs(machine: &mut Machine, logs: &Path) -> Result<Outcome> {
+    let result = run(machine);
+    if result.is_err() {
+        match machine.collect_logs(logs) {
+            Ok(()) => eprintln!("The logs of all parts are in {}", logs.display()),
+            Err(error) => eprintln!("The logs could not be collected: {error:#}"),
+        }
+    }
+    result
+}
