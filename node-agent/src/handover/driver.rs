@@ -1,0 +1,161 @@
+//! The loop: record, act, learn, report. It has no thread of its own and keeps nothing that the record lacks.
+
+use super::effects::{Effected, Effects, Report};
+use super::journal::Journal;
+use super::machine::{self, Decision, Outcome, apply, interrupt, next};
+use super::record::{Moment, Operation, Step, Verdict};
+use understudy_api::conditions::reasons;
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Run {
+    /// The operation is finished.
+    Finished(Operation),
+    /// The agent is being stopped; the operation goes on from the journal.
+    Stopped(Operation),
+}
+
+/// Runs an operation to its end on the calling thread: a new one, or one found in the journal
+/// (`recovered`).
+pub fn run(
+    operation: Operation,
+    recovered: bool,
+    effects: &mut impl Effects,
+    journal: &mut impl Journal,
+    report: &mut impl Report,
+) -> Run {
+    let now = effects.now();
+    let mut operation = if recovered {
+        machine::resume(operation, now)
+    } else {
+        operation
+    };
+    let mut on_disk = None;
+    loop {
+        let now = effects.now();
+        let abort = effects.abort_requested(&operation);
+        operation = interrupt(operation, abort, now);
+        match next(&operation, now) {
+            Decision::Finished => {
+                record(&operation, &mut on_disk, journal, report);
+                report.progress(&operation);
+                return Run::Finished(operation);
+            }
+            Decision::Wait { until } => {
+                report.progress(&operation);
+                if effects.must_stop() {
+                    return Run::Stopped(operation);
+                }
+                effects.wait(until);
+            }
+            Decision::Perform { durable } => {
+                if may_stop(operation.step) && effects.must_stop() {
+                    return Run::Stopped(operation);
+                }
+                if durable
+                    && !record(&operation, &mut on_disk, journal, report)
+                    && operation.step.is_forward()
+                {
+                    let message = "the journal could not be written; see the node agent's log";
+                    let verdict = Verdict::failed(reasons::STEP_FAILED, message);
+                    machine::begin_undo(&mut operation, verdict, now);
+                    continue;
+                }
+                report.progress(&operation);
+                let started = effects.now();
+                let result = perform(&operation, started, effects);
+                operation = apply(operation, result, started, effects.now());
+            }
+        }
+    }
+}
+
+/// While the guest is held, and until the clone serves, the agent finishes first.
+fn may_stop(step: Step) -> bool {
+    let guest_waits = match step {
+        Step::HoldIngress => false,
+        Step::Commit | Step::Release | Step::ReadOwner | Step::ThawUserland => true,
+        _ => step.is_held() || step.is_committed(),
+    };
+    !guest_waits
+}
+
+/// Makes the record durable where it is not so already.
+fn record(
+    operation: &Operation,
+    on_disk: &mut Option<Operation>,
+    journal: &mut impl Journal,
+    report: &mut impl Report,
+) -> bool {
+    if on_disk.as_ref() == Some(operation) {
+        return true;
+    }
+    match journal.write(operation) {
+        Ok(()) => {
+            *on_disk = Some(operation.clone());
+            true
+        }
+        Err(error) => {
+            report.journal_trouble(operation, &error.to_string());
+            false
+        }
+    }
+}
+
+/// Performs the effect of the record's step.
+fn perform(operation: &Operation, now: Moment, effects: &mut impl Effects) -> Effected<Outcome> {
+    let done = |()| Outcome::Done;
+    match operation.step {
+        Step::Preflight => effects.preflight(operation).map(Outcome::Preflight),
+        Step::Confirm => effects.confirm(operation).map(done),
+        Step::PrepareSplit => effects.prepare_split(operation).map(done),
+        Step::PrepareClone => effects.prepare_clone(operation).map(done),
+        Step::Split => effects.split(operation).map(Outcome::Split),
+        Step::BootClone => effects.boot_clone(operation).map(done),
+        Step::AwaitBoot => effects.await_clone_boot(operation).map(Outcome::CloneBoot),
+        Step::Integrate => effects.integrate(operation, false, None).map(Outcome::Round),
+        Step::HoldIngress => effects
+            .hold_ingress(operation, lease_ms(operation, now))
+            .map(done),
+        Step::FreezeUserland => effects
+            .freeze_userland(operation, lease_ms(operation, now))
+            .map(Outcome::Remains),
+        Step::FinalIntegrate => {
+            let deadline = operation.held_at.map(|held| held.plus(operation.plan.max_pause));
+            effects.integrate(operation, true, deadline).map(Outcome::Round)
+        }
+        Step::Seal => effects
+            .seal(operation, lease_ms(operation, now))
+            .map(Outcome::Sealed),
+        Step::Verify => effects.count_dirty(operation).map(Outcome::Dirty),
+        Step::Pause => effects.pause(operation, lease_ms(operation, now)).map(done),
+        Step::Commit => effects.commit(operation).map(done),
+        Step::HandOverNetwork => effects.hand_over_network(operation).map(done),
+        Step::ActivateClone => effects
+            .activate_clone(operation, !operation.network_given)
+            .map(done),
+        Step::ActivateAgent => effects.activate_agent(operation).map(Outcome::Activation),
+        Step::ColdBoot => effects.cold_boot(operation).map(done),
+        Step::Retire => {
+            let from = operation.committed_at.unwrap_or(now);
+            let deadline = from.plus(operation.plan.retain_dormant);
+            effects.retire(operation, deadline).map(done)
+        }
+        Step::Release => effects.release(operation).map(done),
+        Step::ReadOwner => effects.read_owner(operation).map(Outcome::Owner),
+        Step::ThawUserland => effects.thaw_userland(operation).map(done),
+        Step::ThawFilesystems => effects.thaw_filesystems(operation).map(done),
+        Step::EndCapture => effects.end_capture(operation).map(done),
+        Step::KillClone => effects.kill_clone(operation).map(done),
+        Step::DiscardClone => effects.discard_clone(operation).map(done),
+        Step::Done => Ok(Outcome::Done),
+    }
+}
+
+/// What is left of `maxPause`, in milliseconds: the guest's own VMM and agent end a hold that lasts longer,
+/// whatever becomes of this agent.
+fn lease_ms(operation: &Operation, now: Moment) -> u64 {
+    let elapsed = operation.held_at.map_or(0, |held| now.since(held));
+    let left = (operation.plan.max_pause - elapsed) / 1000;
+    u64::try_from(left).unwrap_or(0).max(1)
+}

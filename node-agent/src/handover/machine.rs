@@ -1,0 +1,484 @@
+//! The state machine: pure functions from one record to the next. What happens is in [`super::driver`].
+
+use understudy_api::Phase;
+use understudy_api::conditions::reasons;
+
+use super::effects::{
+    Activation, CloneBoot, EffectError, Effected, ErrorKind, Preflight, Round, Sealed, SplitOutcome,
+};
+use super::record::{Moment, Operation, Step, Trouble, Verdict};
+use understudy_api::reboot::Remains;
+use understudy_vmm_control::owner::Owner;
+
+/// Most rounds of integration before a cutover is tried whatever they cost.
+pub const MAX_ROUNDS: u32 = 20;
+/// Most cutovers; the last one that is taken back fails the reboot.
+pub const MAX_CUTOVERS: i64 = 5;
+/// Most repetitions of the last round within a cutover.
+pub const MAX_REPEATS: u32 = 3;
+/// Most conflicts that are reported by path.
+pub const MAX_CONFLICTS: usize = 100;
+
+const SECOND: i64 = 1_000_000;
+/// How long a step towards the cutover is tried again without success (preflight: its timeout).
+const FORWARD_PATIENCE: i64 = 120 * SECOND;
+/// How long an undo waits for a guest agent, whose watchdogs thaw the guest in any case.
+const THAW_PATIENCE: i64 = 10 * SECOND;
+/// How long the removal of a layer is tried; the guest manager finds it later in any case.
+const DISCARD_PATIENCE: i64 = 30 * SECOND;
+/// How long taps are asked of the old VMM before they are opened by name.
+const NETWORK_PATIENCE: i64 = 2 * SECOND;
+/// How long a clone that owns the guest may refuse to be activated before it is booted anew.
+const ACTIVATE_PATIENCE: i64 = 20 * SECOND;
+/// How long the clone's guest agent may stay silent; the guest runs without it.
+const AGENT_PATIENCE: i64 = 60 * SECOND;
+
+/// What to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Perform the effect of the record's step.
+    Perform {
+        /// Whether the record must be on disk before. Where it need not, the record that is there leads
+        /// to the same recovery, and the guest is being held or waited for.
+        durable: bool,
+    },
+    /// Wait until then, unless something changes.
+    Wait {
+        /// When to ask again.
+        until: Moment,
+    },
+    /// Nothing is left to do: [`Operation::verdict`] tells how it ended.
+    Finished,
+}
+
+/// What an effect brought.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The effect has no result.
+    Done,
+    /// Of [`Step::Preflight`].
+    Preflight(Preflight),
+    /// Of [`Step::Split`].
+    Split(SplitOutcome),
+    /// Of [`Step::AwaitBoot`].
+    CloneBoot(Option<CloneBoot>),
+    /// Of [`Step::Integrate`] and [`Step::FinalIntegrate`].
+    Round(Round),
+    /// Of [`Step::FreezeUserland`].
+    Remains(Remains),
+    /// Of [`Step::Seal`].
+    Sealed(Sealed),
+    /// Of [`Step::Verify`].
+    Dirty(u64),
+    /// Of [`Step::ReadOwner`].
+    Owner(Owner),
+    /// Of [`Step::ActivateAgent`].
+    Activation(Activation),
+}
+
+/// What to do with a record.
+pub fn next(operation: &Operation, now: Moment) -> Decision {
+    if operation.is_finished() {
+        return Decision::Finished;
+    }
+    if let Some(trouble) = &operation.trouble
+        && trouble.until.since(now) > 0
+    {
+        return Decision::Wait { until: trouble.until };
+    }
+    Decision::Perform {
+        durable: is_recorded(operation.step),
+    }
+}
+
+/// Whether a step's record must be durable before its effect.
+///
+/// While the guest is held, the record on disk says `HoldIngress`, which recovery takes back; and after the
+/// commit it says `Commit`, where recovery asks `owner.json`. Taking back is not recorded either, so that
+/// the guest waits for no disk; what cannot be done twice with the same outcome (killing the clone) is.
+fn is_recorded(step: Step) -> bool {
+    !(step.is_held() && step != Step::HoldIngress
+        || matches!(
+            step,
+            Step::HandOverNetwork
+                | Step::ActivateClone
+                | Step::ActivateAgent
+                | Step::Release
+                | Step::ReadOwner
+                | Step::ThawUserland
+        ))
+}
+
+/// What a restarted agent makes of a record that it finds.
+pub fn resume(mut operation: Operation, now: Moment) -> Operation {
+    if let Some(trouble) = &mut operation.trouble {
+        trouble.until = now;
+    }
+    if operation.step.is_held() || operation.step == Step::Commit {
+        take_back(
+            &mut operation,
+            "the node agent was restarted during the cutover".to_owned(),
+        );
+    }
+    operation
+}
+
+/// Looks at the clock and at whether an abort was asked for, before each step.
+pub fn interrupt(mut operation: Operation, abort: Option<String>, now: Moment) -> Operation {
+    let taking_back = matches!(
+        operation.step,
+        Step::Release | Step::ReadOwner | Step::ThawUserland
+    );
+    if let Some(why) = abort
+        && operation.undo.is_none()
+        && (operation.step.is_forward() || taking_back)
+    {
+        let verdict = Verdict::aborted(why);
+        if taking_back {
+            operation.undo = Some(verdict);
+        } else {
+            begin_undo(&mut operation, verdict, now);
+        }
+        return operation;
+    }
+    if !operation.step.is_forward() {
+        return operation;
+    }
+    if operation.phase() == Phase::CuttingOver {
+        if operation
+            .held_at
+            .is_some_and(|held| now.since(held) >= operation.plan.max_pause)
+        {
+            let message = format!("maxPause was exceeded in step {:?}", operation.step);
+            take_back(&mut operation, message);
+        }
+        return operation;
+    }
+    let plan = &operation.plan;
+    let (field, limit) = match operation.phase() {
+        Phase::Pending => ("pending", plan.pending),
+        Phase::Confirmed | Phase::Cloning => ("cloning", plan.cloning),
+        Phase::Rebooting => ("rebooting", plan.rebooting),
+        _ => ("integrating", plan.integrating),
+    };
+    let since = operation.phase_since();
+    if now.since(since) >= limit {
+        let what = operation
+            .trouble
+            .as_ref()
+            .map(|trouble| format!(": {}", trouble.message));
+        let reason = match (operation.phase(), &operation.trouble) {
+            (Phase::Pending, Some(trouble)) => trouble.reason.clone(),
+            (Phase::Rebooting, _) => reasons::CLONE_SILENT.to_owned(),
+            _ => reasons::TIMED_OUT.to_owned(),
+        };
+        let message = format!(
+            "phase {} took longer than timeouts.{field}{}",
+            operation.phase(),
+            what.unwrap_or_default()
+        );
+        begin_undo(&mut operation, Verdict::failed(&reason, message), now);
+    }
+    operation
+}
+
+/// What a record becomes by an effect's result. `started` is when the effect began.
+pub fn apply(mut operation: Operation, result: Effected<Outcome>, started: Moment, now: Moment) -> Operation {
+    match result {
+        Ok(outcome) => {
+            operation.trouble = None;
+            succeeded(&mut operation, outcome, started, now);
+        }
+        Err(error) => super::trouble::failed(&mut operation, &error, now),
+    }
+    operation
+}
+
+fn succeeded(operation: &mut Operation, outcome: Outcome, started: Moment, now: Moment) {
+    match (operation.step, outcome) {
+        (Step::Preflight, Outcome::Preflight(found)) => preflighted(operation, found, now),
+        (Step::Confirm, _) => {
+            operation.enter(Phase::Confirmed, now);
+            operation.step = Step::PrepareSplit;
+        }
+        (Step::PrepareSplit, _) => {
+            operation.enter(Phase::Cloning, now);
+            operation.step = Step::PrepareClone;
+        }
+        (Step::PrepareClone, _) => operation.step = Step::Split,
+        (Step::Split, Outcome::Split(SplitOutcome::Done { frozen_us })) => {
+            operation.result.split_freeze_microseconds = Some(clamp(frozen_us));
+            operation.enter(Phase::Rebooting, now);
+            operation.boot_started = Some(now);
+            operation.step = Step::BootClone;
+        }
+        (Step::Split, Outcome::Split(SplitOutcome::Unsure { message })) => {
+            let message =
+                format!("{message}, so the clone's disk cannot be trusted; apply a new SeamlessReboot");
+            begin_undo(operation, Verdict::failed(reasons::STEP_FAILED, message), now);
+        }
+        (Step::BootClone, _) => operation.step = Step::AwaitBoot,
+        (Step::AwaitBoot, Outcome::CloneBoot(Some(boot))) => booted(operation, &boot, now),
+        // Not yet: asked again.
+        (Step::AwaitBoot, _) => {}
+        (Step::Integrate, Outcome::Round(round)) => {
+            integrated(operation, round, now.since(started));
+            if fits(operation) {
+                operation.enter(Phase::CuttingOver, now);
+                (operation.held_at, operation.sealed_at) = (None, None);
+                operation.repeats = 0;
+                operation.step = Step::HoldIngress;
+            }
+        }
+        (Step::HoldIngress, _) => {
+            operation.held_at = Some(started);
+            operation.step = Step::FreezeUserland;
+        }
+        (Step::FreezeUserland, Outcome::Remains(remains)) => {
+            operation.note_remains(remains);
+            operation.step = Step::FinalIntegrate;
+        }
+        (Step::FinalIntegrate, Outcome::Round(round)) => {
+            integrated(operation, round, now.since(started));
+            operation.step = Step::Seal;
+        }
+        (Step::Seal, Outcome::Sealed(sealed)) => {
+            operation.block_writes = sealed.block_writes;
+            operation.sealed_at = operation.sealed_at.or(Some(sealed.at));
+            operation.step = Step::Verify;
+        }
+        (Step::Verify, Outcome::Dirty(0)) => operation.step = Step::Pause,
+        (Step::Verify, Outcome::Dirty(_)) if operation.repeats < MAX_REPEATS => {
+            operation.repeats += 1;
+            operation.step = Step::FinalIntegrate;
+        }
+        (Step::Verify, Outcome::Dirty(dirty)) => {
+            take_back(
+                operation,
+                format!("{dirty} entries changed although programs were frozen"),
+            );
+        }
+        (Step::Pause, _) => operation.step = Step::Commit,
+        (Step::Commit, _) => go_forward(operation, now),
+        (Step::HandOverNetwork, _) => {
+            operation.network_given = true;
+            operation.step = Step::ActivateClone;
+        }
+        (Step::ActivateClone, _) => operation.step = Step::ActivateAgent,
+        (Step::ActivateAgent, Outcome::Activation(activation)) => activated(operation, activation, now),
+        (Step::ColdBoot, _) => operation.step = Step::Retire,
+        (Step::Retire, _) => retired(operation, now),
+        (Step::Release, _) => operation.step = Step::ReadOwner,
+        (Step::ReadOwner, Outcome::Owner(owner)) => {
+            if operation.is_owned_by_clone(&owner) {
+                // An abort or an error that came too late: the clone is the guest.
+                operation.undo = None;
+                go_forward(operation, now);
+            } else if operation.guest_gone {
+                operation.step = Step::KillClone;
+            } else {
+                operation.step = Step::ThawUserland;
+            }
+        }
+        (Step::ThawUserland, _) => thawed(operation, now),
+        (Step::ThawFilesystems, _) => operation.step = Step::EndCapture,
+        (Step::EndCapture, _) => operation.step = Step::KillClone,
+        (Step::KillClone, _) => operation.step = Step::DiscardClone,
+        (Step::DiscardClone, _) => undone(operation, now),
+        (step, outcome) => {
+            let message = format!("step {step:?} brought {outcome:?}, which is a defect of the node agent");
+            super::trouble::failed(operation, &EffectError::new(ErrorKind::Refused, message), now);
+        }
+    }
+}
+
+fn preflighted(operation: &mut Operation, found: Preflight, now: Moment) {
+    operation.result.before =
+        Some(operation.incarnation(found.incarnation, &found.boot_id, &found.kernel_release));
+    let satisfied = operation
+        .plan
+        .satisfied_by(&found.kernel_release, found.booted_at);
+    if operation.plan.expects() && satisfied.is_ok() {
+        let message = "what spec.expect names holds already; nothing was done";
+        operation.finish(Verdict::succeeded(reasons::ALREADY_SATISFIED, message), now);
+        return;
+    }
+    operation.before = Some(found);
+    operation.step = Step::Confirm;
+}
+
+fn booted(operation: &mut Operation, boot: &CloneBoot, now: Moment) {
+    let number = operation.clone_incarnation();
+    operation.result.after = Some(operation.incarnation(number, &boot.boot_id, &boot.kernel_release));
+    operation.result.clone_boot_milliseconds =
+        operation.boot_started.map(|started| now.since(started) / 1000);
+    if let Err(missed) = operation.plan.satisfied_by(&boot.kernel_release, boot.booted_at) {
+        let message = format!("the clone does not satisfy spec.expect: {missed}");
+        begin_undo(
+            operation,
+            Verdict::failed(reasons::EXPECTATION_NOT_MET, message),
+            now,
+        );
+        return;
+    }
+    let before = operation.before.as_ref();
+    let known = |unit: &&String| before.is_some_and(|before| before.failed_units.contains(unit));
+    let failed: Vec<&str> = boot
+        .failed_units
+        .iter()
+        .filter(|unit| !known(unit))
+        .map(String::as_str)
+        .collect();
+    if !failed.is_empty() {
+        let message = format!(
+            "on the clone these units failed, which run on the guest: {}",
+            failed.join(", ")
+        );
+        begin_undo(operation, Verdict::failed(reasons::UNITS_FAILED, message), now);
+        return;
+    }
+    operation.enter(Phase::Integrating, now);
+    operation.step = Step::Integrate;
+}
+
+fn integrated(operation: &mut Operation, round: Round, took: i64) {
+    operation.applied = operation.applied.max(round.round);
+    operation.round_times = [Some(took), operation.round_times[0]];
+    operation.remaining = round.dirty;
+    operation.rounds_of_attempt += 1;
+    let result = &mut operation.result;
+    result.rounds += 1;
+    result.files = result.files.saturating_add(clamp(round.entries));
+    result.bytes = result.bytes.saturating_add(clamp(round.bytes));
+    result.conflict_count = result.conflict_count.saturating_add(clamp(round.conflict_count));
+    let room = MAX_CONFLICTS.saturating_sub(result.conflicts.len());
+    result.conflicts.extend(round.conflicts.into_iter().take(room));
+}
+
+/// Whether the next round is likely to fit into the cutover, or more rounds will not make it fit.
+fn fits(operation: &Operation) -> bool {
+    let [newest, before] = operation.round_times;
+    let short = newest.is_some_and(|took| took <= operation.plan.max_pause / 4);
+    let shrinks = match (newest, before) {
+        (Some(newest), Some(before)) => newest < before / 4 * 3,
+        _ => true,
+    };
+    short || operation.rounds_of_attempt >= 3 && !shrinks || operation.rounds_of_attempt >= MAX_ROUNDS
+}
+
+fn go_forward(operation: &mut Operation, now: Moment) {
+    operation.committed_at = operation.committed_at.or(Some(now));
+    operation.step = Step::HandOverNetwork;
+}
+
+fn activated(operation: &mut Operation, activation: Activation, now: Moment) {
+    let served = activation.first_frame.unwrap_or(now);
+    let millis = |from: Option<Moment>| from.map(|from| served.since(from) / 1000);
+    operation.result.interruption_milliseconds = millis(operation.sealed_at);
+    operation.result.pause_milliseconds = millis(operation.held_at);
+    operation.note_units(activation.started, activation.failed);
+    operation.step = Step::Retire;
+}
+
+fn retired(operation: &mut Operation, now: Moment) {
+    let kernel = operation
+        .result
+        .after
+        .as_ref()
+        .map(|after| after.kernel_release.clone());
+    let mut message = format!("the guest runs kernel {}", kernel.unwrap_or_default());
+    if let Some(taken_back) = operation
+        .taken_back
+        .as_ref()
+        .filter(|_| operation.result.taken_back > 0)
+    {
+        message.push_str(&format!(
+            "; {} cutovers were taken back before, the last because {taken_back}",
+            operation.result.taken_back
+        ));
+    }
+    operation.finish(Verdict::succeeded(reasons::REBOOTED, message), now);
+}
+
+/// The guest serves again after a cutover that was taken back, or on the way to an undo.
+fn thawed(operation: &mut Operation, now: Moment) {
+    if operation.undo.is_some() {
+        operation.step = Step::ThawFilesystems;
+        return;
+    }
+    operation.result.taken_back += 1;
+    let why = operation.taken_back.clone().unwrap_or_default();
+    if operation.result.taken_back >= MAX_CUTOVERS {
+        let message = format!("{MAX_CUTOVERS} cutovers were taken back, the last because {why}");
+        operation.undo = Some(Verdict::failed(reasons::MAX_PAUSE_EXCEEDED, message));
+        operation.step = Step::ThawFilesystems;
+        return;
+    }
+    operation.enter(Phase::Integrating, now);
+    operation.rounds_of_attempt = 0;
+    operation.step = Step::Integrate;
+    // The guest gets time to itself, the more the oftener it was held.
+    let rest = operation
+        .plan
+        .max_pause
+        .saturating_mul(2 * operation.result.taken_back);
+    operation.trouble = Some(Trouble {
+        since: now,
+        until: now.plus(rest),
+        count: 0,
+        reason: reasons::IN_PROGRESS.to_owned(),
+        message: format!("a cutover was taken back because {why}"),
+    });
+}
+
+fn undone(operation: &mut Operation, now: Moment) {
+    let verdict = operation
+        .undo
+        .clone()
+        .unwrap_or_else(|| Verdict::failed(reasons::STEP_FAILED, "it was undone"));
+    operation.finish(verdict, now);
+}
+
+/// Starts to take the cutover back: the guest serves on, whatever the clone becomes.
+pub(super) fn take_back(operation: &mut Operation, why: String) {
+    operation.taken_back = Some(why);
+    operation.trouble = None;
+    operation.step = Step::Release;
+}
+
+/// Starts to undo the operation. What was never begun needs no undoing.
+pub(super) fn begin_undo(operation: &mut Operation, verdict: Verdict, now: Moment) {
+    operation.trouble = None;
+    if operation.step == Step::Preflight {
+        operation.finish(verdict, now);
+        return;
+    }
+    operation.undo = Some(verdict);
+    operation.step = Step::Release;
+}
+
+/// Where an undo goes when it has tried a step in vain for long enough; `None`: it is tried on.
+pub(super) fn give_up(operation: &Operation) -> Option<(i64, Step)> {
+    Some(match operation.step {
+        Step::ThawUserland if operation.undo.is_some() => (THAW_PATIENCE, Step::ThawFilesystems),
+        Step::ThawFilesystems => (THAW_PATIENCE, Step::EndCapture),
+        Step::EndCapture => (THAW_PATIENCE, Step::KillClone),
+        Step::DiscardClone => (DISCARD_PATIENCE, Step::Done),
+        Step::HandOverNetwork => (NETWORK_PATIENCE, Step::ActivateClone),
+        Step::ActivateClone => (ACTIVATE_PATIENCE, Step::ColdBoot),
+        Step::ActivateAgent => (AGENT_PATIENCE, Step::Retire),
+        _ => return None,
+    })
+}
+
+/// How long a forward step may fail with `Retry` before the operation does.
+pub(super) fn forward_patience(operation: &Operation) -> i64 {
+    match operation.step {
+        Step::Preflight => i64::MAX,
+        _ => FORWARD_PATIENCE,
+    }
+}
+
+fn clamp(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,408 @@
+//! The record of an operation: all that a restarted agent needs to finish or undo it.
+
+use serde::{Deserialize, Serialize};
+use understudy_api::Phase;
+use understudy_api::conditions::reasons;
+use understudy_api::reboot::{FailedUnit, Incarnation, RebootResult, Remains, StartedUnit};
+use understudy_vmm_control::owner::Owner;
+use uuid::Uuid;
+
+use super::effects::Preflight;
+use super::plan::Plan;
+
+/// Version of the record's format. A record of another version is refused, never guessed at.
+pub const RECORD_VERSION: u32 = 1;
+
+/// A point in time, by two clocks: what people read, and what does not step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Moment {
+    /// Microseconds since 1970, UTC.
+    pub unix_us: i64,
+    /// Microseconds of the host's `CLOCK_BOOTTIME`: survives the agent, starts anew with the host.
+    pub boot_us: i64,
+}
+
+impl Moment {
+    /// Microseconds from `earlier` to this moment, never negative. Uses the clock that does not step; where
+    /// the host was rebooted in between (that clock went back) the other one.
+    pub fn since(self, earlier: Moment) -> i64 {
+        if self.boot_us >= earlier.boot_us {
+            self.boot_us - earlier.boot_us
+        } else {
+            (self.unix_us - earlier.unix_us).max(0)
+        }
+    }
+
+    /// This moment and `micros` later.
+    pub fn plus(self, micros: i64) -> Moment {
+        Moment {
+            unix_us: self.unix_us.saturating_add(micros),
+            boot_us: self.boot_us.saturating_add(micros),
+        }
+    }
+}
+
+/// What is done next. Names are in the record and in logs; the order is that of a run without trouble.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Step {
+    /// Check what the reboot needs; look at `expect`.
+    Preflight,
+    /// Tell the guest; its filter begins to capture (patent US10606632B2, step 2).
+    Confirm,
+    /// Make both layers, durably.
+    PrepareSplit,
+    /// Start the clone's VMM, not booted.
+    PrepareClone,
+    /// Freeze, split, thaw.
+    Split,
+    /// Start the clone's vCPUs (patent, step 3).
+    BootClone,
+    /// Wait for the clone's boot notice (patent, step 4).
+    AwaitBoot,
+    /// One round of integration (patent, step 5).
+    Integrate,
+    /// Hold ingress. From here to `Commit` nothing is taken for granted after a restart: all is taken back.
+    HoldIngress,
+    /// Freeze the guest's programs.
+    FreezeUserland,
+    /// The rest, and compare what is open.
+    FinalIntegrate,
+    /// Hold writes and egress.
+    Seal,
+    /// Nothing may have changed since the last round.
+    Verify,
+    /// Hold the vCPUs.
+    Pause,
+    /// The commit point (patent, step 6).
+    Commit,
+    /// Hand the taps to the clone.
+    HandOverNetwork,
+    /// Let the clone's VMM open its gates.
+    ActivateClone,
+    /// Let the clone's guest agent announce itself and start what was held.
+    ActivateAgent,
+    /// The clone's VMM is gone after the commit: boot its layer anew.
+    ColdBoot,
+    /// The old incarnation is dormant until its deadline (patent, step 7).
+    Retire,
+    /// Take back: open the guest's gates, run its vCPUs. A commit that is still on its way is void after it.
+    Release,
+    /// Take back: only `owner.json` knows whether the commit happened.
+    ReadOwner,
+    /// Take back: thaw the guest's programs.
+    ThawUserland,
+    /// Undo: thaw file systems.
+    ThawFilesystems,
+    /// Undo: the filter stops.
+    EndCapture,
+    /// Undo: end the clone's VMM.
+    KillClone,
+    /// Undo: remove the clone's layer.
+    DiscardClone,
+    /// Nothing is left to do.
+    Done,
+}
+
+impl Step {
+    /// All steps.
+    pub const ALL: [Step; 28] = [
+        Step::Preflight,
+        Step::Confirm,
+        Step::PrepareSplit,
+        Step::PrepareClone,
+        Step::Split,
+        Step::BootClone,
+        Step::AwaitBoot,
+        Step::Integrate,
+        Step::HoldIngress,
+        Step::FreezeUserland,
+        Step::FinalIntegrate,
+        Step::Seal,
+        Step::Verify,
+        Step::Pause,
+        Step::Commit,
+        Step::HandOverNetwork,
+        Step::ActivateClone,
+        Step::ActivateAgent,
+        Step::ColdBoot,
+        Step::Retire,
+        Step::Release,
+        Step::ReadOwner,
+        Step::ThawUserland,
+        Step::ThawFilesystems,
+        Step::EndCapture,
+        Step::KillClone,
+        Step::DiscardClone,
+        Step::Done,
+    ];
+
+    /// Whether the guest is being held and the commit was not asked for yet.
+    pub fn is_held(self) -> bool {
+        matches!(
+            self,
+            Step::HoldIngress
+                | Step::FreezeUserland
+                | Step::FinalIntegrate
+                | Step::Seal
+                | Step::Verify
+                | Step::Pause
+        )
+    }
+
+    /// Whether the clone is known to own the guest: there is no way back from here.
+    pub fn is_committed(self) -> bool {
+        matches!(
+            self,
+            Step::HandOverNetwork | Step::ActivateClone | Step::ActivateAgent | Step::ColdBoot | Step::Retire
+        )
+    }
+
+    /// Whether the step goes towards the commit point, so that an abort or a timeout may end it.
+    pub fn is_forward(self) -> bool {
+        self <= Step::Commit
+    }
+}
+
+/// Why an operation is being undone, or how it ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Verdict {
+    /// `Succeeded`, `Failed` or `Aborted`.
+    pub phase: Phase,
+    /// One of [`understudy_api::conditions::reasons`].
+    pub reason: String,
+    /// For people.
+    pub message: String,
+}
+
+/// A phase and when it began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Transition {
+    /// The phase.
+    pub phase: Phase,
+    /// When it began.
+    pub at: Moment,
+}
+
+/// One SeamlessReboot on this node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Operation {
+    /// [`RECORD_VERSION`].
+    pub version: u32,
+    /// UID of the SeamlessReboot; names the operation to the guest, too.
+    pub uid: String,
+    /// `namespace/name` of the SeamlessReboot, for logs.
+    pub name: String,
+    /// `namespace/name` of the guest.
+    pub guest: String,
+    /// What was asked for.
+    pub plan: Plan,
+    /// Top layer of the guest after the split.
+    pub guest_layer: Uuid,
+    /// Top layer of the clone.
+    pub clone_layer: Uuid,
+    /// What is done next.
+    pub step: Step,
+    /// When it was made.
+    pub created: Moment,
+    /// Phases so far, with times; bounded, as cutovers are.
+    pub transitions: Vec<Transition>,
+    /// The guest as preflight found it.
+    pub before: Option<Preflight>,
+    /// Why it is being undone; `None` while it goes forward.
+    pub undo: Option<Verdict>,
+    /// How it ended.
+    pub verdict: Option<Verdict>,
+    /// Last round that the clone has applied.
+    pub applied: u64,
+    /// How long the last two rounds took, in microseconds, newest first.
+    pub round_times: [Option<i64>; 2],
+    /// Entries that became dirty during the last round.
+    pub remaining: u64,
+    /// Rounds since the last cutover that was taken back, or since the boot notice.
+    pub rounds_of_attempt: u32,
+    /// How often the final round was repeated in this cutover.
+    pub repeats: u32,
+    /// Why the last cutover was taken back.
+    pub taken_back: Option<String>,
+    /// When the clone's vCPUs were started.
+    pub boot_started: Option<Moment>,
+    /// When ingress was held, in this cutover.
+    pub held_at: Option<Moment>,
+    /// When the transmit gate was closed, in this cutover.
+    pub sealed_at: Option<Moment>,
+    /// When the clone was known to own the guest.
+    pub committed_at: Option<Moment>,
+    /// Whether the guest's VMM is known to be gone, so that an undo asks nothing of it.
+    pub guest_gone: bool,
+    /// Block writes of the guest when its write gate closed, in this cutover.
+    pub block_writes: u64,
+    /// Whether the taps' descriptors went from the guest's VMM to the clone's.
+    pub network_given: bool,
+    /// When the current step failed first, counted from its first failure; cleared by success.
+    pub trouble: Option<Trouble>,
+    /// What is reported.
+    pub result: RebootResult,
+}
+
+/// A step that failed and is tried again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Trouble {
+    /// When it failed first.
+    pub since: Moment,
+    /// Not tried again before.
+    pub until: Moment,
+    /// How often it failed.
+    pub count: u32,
+    /// Reason, in one word.
+    pub reason: String,
+    /// What went wrong last.
+    pub message: String,
+}
+
+impl Operation {
+    /// A new operation. `guest_layer` and `clone_layer` are fresh random UUIDs.
+    pub fn new(
+        uid: String,
+        name: String,
+        guest: String,
+        plan: Plan,
+        layers: (Uuid, Uuid),
+        now: Moment,
+    ) -> Operation {
+        Operation {
+            version: RECORD_VERSION,
+            uid,
+            name,
+            guest,
+            plan,
+            guest_layer: layers.0,
+            clone_layer: layers.1,
+            step: Step::Preflight,
+            created: now,
+            transitions: vec![Transition {
+                phase: Phase::Pending,
+                at: now,
+            }],
+            before: None,
+            undo: None,
+            verdict: None,
+            applied: 0,
+            round_times: [None, None],
+            remaining: 0,
+            rounds_of_attempt: 0,
+            repeats: 0,
+            taken_back: None,
+            boot_started: None,
+            held_at: None,
+            sealed_at: None,
+            committed_at: None,
+            guest_gone: false,
+            block_writes: 0,
+            network_given: false,
+            trouble: None,
+            result: RebootResult::default(),
+        }
+    }
+
+    /// The phase it is in.
+    pub fn phase(&self) -> Phase {
+        self.transitions.last().map_or(Phase::Pending, |last| last.phase)
+    }
+
+    /// When the phase it is in began.
+    pub fn phase_since(&self) -> Moment {
+        self.transitions.last().map_or(self.created, |last| last.at)
+    }
+
+    /// Whether nothing is left to do.
+    pub fn is_finished(&self) -> bool {
+        self.step == Step::Done
+    }
+
+    /// Incarnation of the guest at preflight; 0 before it.
+    pub fn guest_incarnation(&self) -> u64 {
+        self.before.as_ref().map_or(0, |before| before.incarnation)
+    }
+
+    /// Incarnation of the clone.
+    pub fn clone_incarnation(&self) -> u64 {
+        self.guest_incarnation() + 1
+    }
+
+    /// Epoch that the commit writes.
+    pub fn commit_epoch(&self) -> u64 {
+        self.before.as_ref().map_or(0, |before| before.epoch) + 1
+    }
+
+    /// Whether `owner.json` says that the commit happened. A cold boot after the commit counts further and
+    /// stays on the clone's layer.
+    pub fn is_owned_by_clone(&self, owner: &Owner) -> bool {
+        owner.layer == Some(self.clone_layer)
+            && owner.incarnation >= self.clone_incarnation()
+            && owner.epoch >= self.commit_epoch()
+    }
+
+    pub(super) fn enter(&mut self, phase: Phase, now: Moment) {
+        if self.phase() != phase {
+            debug_assert!(self.phase().may_become(phase), "{} → {phase}", self.phase());
+            self.transitions.push(Transition { phase, at: now });
+        }
+    }
+
+    pub(super) fn finish(&mut self, verdict: Verdict, now: Moment) {
+        self.enter(verdict.phase, now);
+        self.verdict = Some(verdict);
+        self.step = Step::Done;
+        self.trouble = None;
+    }
+
+    pub(super) fn incarnation(&self, number: u64, boot_id: &str, kernel_release: &str) -> Incarnation {
+        Incarnation {
+            incarnation: i64::try_from(number).unwrap_or(i64::MAX),
+            boot_id: boot_id.to_owned(),
+            kernel_release: kernel_release.to_owned(),
+        }
+    }
+
+    pub(super) fn note_remains(&mut self, remains: Remains) {
+        self.result.remains = Some(remains);
+    }
+
+    pub(super) fn note_units(&mut self, started: Vec<StartedUnit>, failed: Vec<FailedUnit>) {
+        self.result.started_units = started;
+        self.result.failed_units = failed;
+    }
+}
+
+impl Verdict {
+    /// The reboot failed, and the guest has lost nothing.
+    pub fn failed(reason: &str, message: impl Into<String>) -> Verdict {
+        Verdict {
+            phase: Phase::Failed,
+            reason: reason.to_owned(),
+            message: message.into(),
+        }
+    }
+
+    /// The reboot was aborted, and the guest has lost nothing.
+    pub fn aborted(message: impl Into<String>) -> Verdict {
+        Verdict {
+            phase: Phase::Aborted,
+            reason: reasons::ABORTED.to_owned(),
+            message: message.into(),
+        }
+    }
+
+    /// The reboot succeeded.
+    pub fn succeeded(reason: &str, message: impl Into<String>) -> Verdict {
+        Verdict {
+            phase: Phase::Succeeded,
+            reason: reason.to_owned(),
+            message: message.into(),
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! The per-node agent: owns the guests of a node and runs the handover engine. It stands alone on a
+//! directory of manifests; what it takes specs from and reports to is behind traits.
+#![forbid(unsafe_code)]
+
+pub mod handover;
