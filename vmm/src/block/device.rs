@@ -14,16 +14,15 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestMemoryMmap};
+use vm_memory::Bytes;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::buffers::Buffers;
 use super::disk::Disk;
 use super::request::{MAX_SEGMENT_SECTORS, MAX_SEGMENTS, Operation, Request};
 use super::{BLOCK, SECTOR};
 use crate::gate::{Counters, Gate};
-use crate::virtio::device::{Activation, ActiveQueue, DeviceError, Interrupt, VirtioDevice};
+use crate::virtio::device::{Activation, ActiveQueue, DeviceError, VirtioDevice};
+use crate::virtio::ring::{Ring, read_config_bytes};
 use crate::virtio::worker::{Worker, drain, poll, poll_entry};
 
 /// Device type (virtio 1.2, 5.2.1).
@@ -125,16 +124,13 @@ impl VirtioDevice for BlockDevice {
             features,
         } = activation;
         let got = queues.len();
-        let Some(mut queue) = queues.pop() else {
+        let Some(queue) = queues.pop() else {
             return Err(DeviceError::Queues {
                 device: self.name.clone(),
                 got,
                 needed: 1,
             });
         };
-        queue
-            .queue
-            .set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
         let io = |action| {
             let device = self.name.clone();
             move |source| DeviceError::Io {
@@ -144,24 +140,21 @@ impl VirtioDevice for BlockDevice {
             }
         };
         let waker = queue.notify.try_clone().map_err(io("duplicating an event"))?;
-        let mut ring = Ring {
+        let mut requests = Requests {
             name: self.name.clone(),
             disk: self.disk.clone(),
             gate: self.gate.clone(),
             counters: self.counters.clone(),
-            memory,
-            interrupt,
-            queue,
+            ring: Ring::new(&self.name, &memory, &interrupt, queue, features),
             held: VecDeque::new(),
             held_reported: 0,
-            broken: false,
         };
         let subscription = self.gate.subscribe(waker);
         let worker = Worker::spawn(&self.name, move |stop| {
-            ring.run(&stop);
+            requests.run(&stop);
             drop(subscription);
-            ring.report_held(0);
-            ring.queue
+            requests.report_held(0);
+            requests.ring.into_queue()
         })
         .map_err(io("starting a thread"))?;
         self.worker = Some(worker);
@@ -171,15 +164,6 @@ impl VirtioDevice for BlockDevice {
     fn reset(&mut self) -> Vec<ActiveQueue> {
         self.worker.take().and_then(Worker::stop).into_iter().collect()
     }
-}
-
-/// Reads `data.len()` bytes of a configuration space at `offset`; what lies beyond its end is zero.
-fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
-    data.fill(0);
-    let start = usize::try_from(offset).unwrap_or(usize::MAX).min(config.len());
-    let available = &config[start..];
-    let take = available.len().min(data.len());
-    data[..take].copy_from_slice(&available[..take]);
 }
 
 /// What became of a request.
@@ -193,37 +177,26 @@ enum Outcome {
 }
 
 /// The ring and all that its thread needs.
-struct Ring {
+struct Requests {
     name: String,
     disk: Arc<Disk>,
     gate: Arc<Gate>,
     counters: Arc<Counters>,
-    memory: GuestMemoryMmap,
-    interrupt: Arc<dyn Interrupt>,
-    queue: ActiveQueue,
+    ring: Ring,
     /// Writes that wait, in order.
     held: VecDeque<Request>,
     /// How many of them the counter knows.
     held_reported: u64,
-    /// The driver broke the ring; nothing more is read from it.
-    broken: bool,
 }
 
-impl Ring {
+impl Requests {
     fn run(&mut self, stop: &EventFd) {
-        let notify = match self.queue.notify.try_clone() {
-            Ok(notify) => notify,
-            Err(error) => {
-                tracing::error!(device = self.name, %error, "cannot watch the queue");
-                return;
-            }
-        };
         loop {
             self.process();
             let timeout = self.disk.is_full().then_some(FULL_RETRY);
             let mut fds = [
                 poll_entry(stop.as_raw_fd(), libc::POLLIN),
-                poll_entry(notify.as_raw_fd(), libc::POLLIN),
+                poll_entry(self.ring.event().as_raw_fd(), libc::POLLIN),
             ];
             if let Err(error) = poll(&mut fds, timeout) {
                 tracing::error!(device = self.name, %error, "waiting for requests failed");
@@ -232,61 +205,40 @@ impl Ring {
             if fds[0].revents != 0 {
                 return;
             }
-            drain(&notify);
+            drain(self.ring.event());
         }
     }
 
     /// Carries out what can be: first the writes that waited, then what the ring holds now.
     fn process(&mut self) {
         self.retry_held();
-        if self.broken {
-            return;
+        for _ in 0..self.ring.size() {
+            if self.is_holding_too_much() {
+                break;
+            }
+            let Some(chain) = self.ring.next_chain() else {
+                break;
+            };
+            let head = chain.head;
+            match Request::parse(self.ring.memory(), chain) {
+                Some(request) => self.begin(request),
+                None => self.ring.complete(head, 0),
+            }
         }
-        self.drain_ring();
         self.report_held(match self.gate.is_closed() {
             true => self.held.len() as u64,
             false => 0,
         });
-        self.notify_driver();
-        if self.broken || self.is_holding_too_much() {
-            return;
-        }
-        match self.queue.queue.enable_notification(&self.memory) {
-            // Not at once but by an event, so that a driver that never stops does not keep this thread from
-            // seeing that it shall.
-            Ok(true) => drop(self.queue.notify.write(1)),
-            Ok(false) => {}
-            Err(error) => self.give_up(&error),
-        }
-    }
-
-    fn drain_ring(&mut self) {
-        for _ in 0..self.queue.queue.size() {
-            if self.broken || self.is_holding_too_much() {
-                return;
-            }
-            let chain = match self.queue.queue.iter(&self.memory) {
-                Ok(mut chains) => chains.next(),
-                Err(error) => return self.give_up(&error),
-            };
-            let Some(chain) = chain else { return };
-            let head = chain.head_index();
-            match Request::parse(&self.memory, chain) {
-                Some(request) => self.begin(request),
-                None => self.complete(head, 0),
-            }
+        self.ring.notify_driver();
+        if !self.is_holding_too_much() {
+            self.ring.await_more();
         }
     }
 
     /// A well-behaved driver has no more requests out than the queue has entries; another one gets to
     /// wait, so that what it makes us keep is bounded.
     fn is_holding_too_much(&self) -> bool {
-        self.held.len() >= usize::from(self.queue.queue.size())
-    }
-
-    fn give_up(&mut self, error: &virtio_queue::Error) {
-        tracing::error!(device = self.name, %error, "the driver broke its ring; ignoring it until reset");
-        self.broken = true;
+        self.held.len() >= self.ring.size()
     }
 
     fn retry_held(&mut self) {
@@ -345,7 +297,7 @@ impl Ring {
     }
 
     fn transfer(&self, request: &Request) -> Outcome {
-        let Some(buffers) = Buffers::from_guest(&self.memory, &request.data) else {
+        let Some(buffers) = self.ring.buffers(&request.data) else {
             return Outcome::Done(VIRTIO_BLK_S_IOERR, 0);
         };
         let result = match &request.operation {
@@ -381,23 +333,9 @@ impl Ring {
     }
 
     fn finish(&mut self, request: &Request, status: u32, written: u32) {
-        match self.memory.write_obj(status as u8, request.status) {
-            Ok(()) => self.complete(request.head, written + 1),
-            Err(_) => self.complete(request.head, 0),
-        }
-    }
-
-    fn complete(&mut self, head: u16, written: u32) {
-        if let Err(error) = self.queue.queue.add_used(&self.memory, head, written) {
-            self.give_up(&error);
-        }
-    }
-
-    fn notify_driver(&mut self) {
-        match self.queue.queue.needs_notification(&self.memory) {
-            Ok(true) => self.interrupt.signal_queue(self.queue.index),
-            Ok(false) => {}
-            Err(error) => self.give_up(&error),
+        match self.ring.memory().write_obj(status as u8, request.status) {
+            Ok(()) => self.ring.complete(request.head, written + 1),
+            Err(_) => self.ring.complete(request.head, 0),
         }
     }
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use proptest::prelude::*;
 use tempfile::TempDir;
 use understudy_vmm_control::config::{self, DiskRole, Role};
+use virtio_queue::QueueT;
 
 use super::*;
 use crate::virtio::testing::{BUFFERS, MEMORY, Piece, SOON, TestDriver, readable, writable};

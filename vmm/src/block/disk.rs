@@ -8,10 +8,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use understudy_vmm_control::api::DiskInfo;
 use understudy_vmm_control::config::{self, Role};
 
-use super::buffers::Buffers;
 use super::error::DiskError;
 use super::source::Source;
 use super::storage::{Access, Directory, HostDirectory, Lock};
+use crate::virtio::buffers::Buffers;
 
 /// A disk as one VMM has it open. Shared by the block device, the control API and merging.
 pub struct Disk {

@@ -3,8 +3,6 @@
 //! A [`Disk`] is the raw file that the user named with a chain of layers above it; a [`BlockDevice`]
 //! shows it to the guest.
 
-#[allow(dead_code)] // Used by the layers, which land next.
-mod buffers;
 mod device;
 mod disk;
 mod error;

@@ -4,11 +4,11 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
-use virtio_queue::DescriptorChain;
 use vm_memory::{Address, GuestAddress, GuestMemoryMmap};
 
 use super::SECTOR;
-use super::buffers::{Buffers, MAX_PIECES};
+use crate::virtio::buffers::Buffers;
+use crate::virtio::ring::Chain;
 
 /// Length of a request's header: type, reserved, sector.
 const HEADER: u64 = 16;
@@ -62,24 +62,13 @@ pub(super) struct Request {
 impl Request {
     /// Parses a chain in whatever way the driver framed it (virtio 1.2, 2.7.4); `None` when there is no
     /// place for a status, so that nothing can be answered.
-    pub(super) fn parse(
-        memory: &GuestMemoryMmap,
-        chain: DescriptorChain<&GuestMemoryMmap>,
-    ) -> Option<Request> {
-        let head = chain.head_index();
-        let mut readable = Vec::new();
-        let mut writable = Vec::new();
-        let mut ordered = true;
-        for descriptor in chain.take(MAX_PIECES + 2) {
-            let piece = (descriptor.addr(), descriptor.len());
-            if descriptor.is_write_only() {
-                writable.push(piece);
-            } else {
-                // Device-writable parts come after all device-readable ones (virtio 1.2, 2.7.4.2).
-                ordered &= writable.is_empty();
-                readable.push(piece);
-            }
-        }
+    pub(super) fn parse(memory: &GuestMemoryMmap, chain: Chain) -> Option<Request> {
+        let Chain {
+            head,
+            readable,
+            mut writable,
+            ordered,
+        } = chain;
         let status = split_last_byte(&mut writable)?;
         let mut request = Request {
             head,

@@ -1,6 +1,8 @@
 //! virtio devices and their PCI transport.
 
+pub mod buffers;
 pub mod device;
+pub mod ring;
 pub mod rng;
 pub mod worker;
 

@@ -129,16 +129,28 @@ impl TestQueue {
     }
 
     fn collect(&mut self) {
-        let index: u16 = self
-            .memory
-            .load(GuestAddress(self.used_ring() + 2), Ordering::Acquire)
-            .unwrap();
-        while self.used != index {
-            let entry = self.used_ring() + 4 + 8 * u64::from(self.used % self.size);
-            let id: u32 = self.memory.read_obj(GuestAddress(entry)).unwrap();
-            let len: u32 = self.memory.read_obj(GuestAddress(entry + 4)).unwrap();
-            self.done.insert(id as u16, len);
-            self.used = self.used.wrapping_add(1);
+        loop {
+            let index: u16 = self
+                .memory
+                .load(GuestAddress(self.used_ring() + 2), Ordering::Acquire)
+                .unwrap();
+            if self.used == index {
+                return;
+            }
+            while self.used != index {
+                let entry = self.used_ring() + 4 + 8 * u64::from(self.used % self.size);
+                let id: u32 = self.memory.read_obj(GuestAddress(entry)).unwrap();
+                let len: u32 = self.memory.read_obj(GuestAddress(entry + 4)).unwrap();
+                self.done.insert(id as u16, len);
+                self.used = self.used.wrapping_add(1);
+            }
+            // used_event: the next interrupt that is wanted (virtio 1.2, 2.7.7.1). What came in between is
+            // seen by the next round.
+            let used_event = self.available_ring() + 4 + 2 * u64::from(self.size);
+            self.memory
+                .store(self.used, GuestAddress(used_event), Ordering::Release)
+                .unwrap();
+            fence(Ordering::SeqCst);
         }
     }
 

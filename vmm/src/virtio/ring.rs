@@ -1,0 +1,174 @@
+//! A device's side of one queue: chains come out, used buffers go back, and a driver that breaks its
+//! ring is ignored until it resets the device.
+
+use std::sync::Arc;
+
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::{Error, QueueOwnedT, QueueT};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+use super::buffers::{Buffers, MAX_PIECES};
+use super::device::{ActiveQueue, Interrupt};
+
+/// A descriptor chain, copied out of guest memory once, so that the driver cannot change it under us.
+#[derive(Clone, Debug)]
+pub struct Chain {
+    /// What is returned in the used ring.
+    pub head: u16,
+    /// Device-readable pieces in order.
+    pub readable: Vec<(GuestAddress, u32)>,
+    /// Device-writable pieces in order.
+    pub writable: Vec<(GuestAddress, u32)>,
+    /// Whether all readable pieces come before the writable ones (virtio 1.2, 2.7.4.2).
+    pub ordered: bool,
+}
+
+/// One queue of a running device.
+pub struct Ring {
+    device: String,
+    memory: GuestMemoryMmap,
+    interrupt: Arc<dyn Interrupt>,
+    queue: ActiveQueue,
+    broken: bool,
+}
+
+impl Ring {
+    /// Takes over a queue that the driver has set up with `features`.
+    pub fn new(
+        device: &str,
+        memory: &GuestMemoryMmap,
+        interrupt: &Arc<dyn Interrupt>,
+        mut queue: ActiveQueue,
+        features: u64,
+    ) -> Ring {
+        queue
+            .queue
+            .set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
+        Ring {
+            device: device.to_owned(),
+            memory: memory.clone(),
+            interrupt: interrupt.clone(),
+            queue,
+            broken: false,
+        }
+    }
+
+    /// Guest RAM.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// The event of the driver's notifications.
+    pub fn event(&self) -> &vmm_sys_util::eventfd::EventFd {
+        &self.queue.notify
+    }
+
+    /// Number of entries.
+    pub fn size(&self) -> usize {
+        usize::from(self.queue.queue.size())
+    }
+
+    /// Whether the driver broke the ring, so that nothing more comes out of it.
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// Buffers for pieces of a chain; `None` where they are not in RAM.
+    pub fn buffers(&self, pieces: &[(GuestAddress, u32)]) -> Option<Buffers<'_>> {
+        Buffers::from_guest(&self.memory, pieces)
+    }
+
+    /// Takes the next chain that the driver offers.
+    pub fn next_chain(&mut self) -> Option<Chain> {
+        if self.broken {
+            return None;
+        }
+        let mut descriptors = match self.queue.queue.iter(&self.memory) {
+            Ok(mut chains) => chains.next()?,
+            Err(error) => {
+                self.give_up(&error);
+                return None;
+            }
+        };
+        let mut chain = Chain {
+            head: descriptors.head_index(),
+            readable: Vec::new(),
+            writable: Vec::new(),
+            ordered: true,
+        };
+        for descriptor in descriptors.by_ref().take(MAX_PIECES + 2) {
+            let piece = (descriptor.addr(), descriptor.len());
+            if descriptor.is_write_only() {
+                chain.writable.push(piece);
+            } else {
+                chain.ordered &= chain.writable.is_empty();
+                chain.readable.push(piece);
+            }
+        }
+        Some(chain)
+    }
+
+    /// Puts the chain that was taken last back.
+    pub fn put_back(&mut self) {
+        self.queue.queue.go_to_previous_position();
+    }
+
+    /// Returns a chain to the driver with the number of bytes written to it.
+    pub fn complete(&mut self, head: u16, written: u32) {
+        if let Err(error) = self.queue.queue.add_used(&self.memory, head, written) {
+            self.give_up(&error);
+        }
+    }
+
+    /// Tells the driver about returned chains, if it wants to know.
+    pub fn notify_driver(&mut self) {
+        match self.queue.queue.needs_notification(&self.memory) {
+            Ok(true) => self.interrupt.signal_queue(self.queue.index),
+            Ok(false) => {}
+            Err(error) => self.give_up(&error),
+        }
+    }
+
+    /// Asks for a notification of the next chain. Where one is there already the queue's event is raised, so
+    /// that a driver that never stops does not keep the device's thread from its other events.
+    pub fn await_more(&mut self) {
+        if self.arm() {
+            // An eventfd refuses a write only when it is raised already.
+            let _ = self.queue.notify.write(1);
+        }
+    }
+
+    /// Asks for a notification of the next chain; `true` where one is there already.
+    pub fn arm(&mut self) -> bool {
+        if self.broken {
+            return false;
+        }
+        match self.queue.queue.enable_notification(&self.memory) {
+            Ok(more) => more,
+            Err(error) => {
+                self.give_up(&error);
+                false
+            }
+        }
+    }
+
+    /// Gives the queue back with its progress.
+    pub fn into_queue(self) -> ActiveQueue {
+        self.queue
+    }
+
+    fn give_up(&mut self, error: &Error) {
+        tracing::error!(device = self.device, queue = self.queue.index, %error,
+            "the driver broke its ring; ignoring it until reset");
+        self.broken = true;
+    }
+}
+
+/// Reads `data.len()` bytes of a configuration space at `offset`; what lies beyond its end is zero.
+pub fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let start = usize::try_from(offset).unwrap_or(usize::MAX).min(config.len());
+    let available = &config[start..];
+    let take = available.len().min(data.len());
+    data[..take].copy_from_slice(&available[..take]);
+}
