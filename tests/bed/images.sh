@@ -151,10 +151,13 @@ build_node() {
 }
 
 build_base() {
-    local tmp=$BASE.tmp
+    local tmp=$BASE.tmp uuid
     rm -rf "$tmp" && mkdir -p "$tmp"
     rootfs "$tmp/rootfs" "$GUEST_PACKAGES,$OLDER"
+    uuid=$(uuidgen -r)
     tree guest "$tmp/rootfs"
+    fstab "$tmp/rootfs" "$uuid"
+    authorize "$tmp/rootfs"
     echo guest >"$tmp/rootfs/etc/hostname"
     printf '127.0.0.1\tlocalhost\n127.0.1.1\tguest\n' >"$tmp/rootfs/etc/hosts"
     chroot "$tmp/rootfs" systemctl -q enable systemd-networkd nginx ssh serial-getty@ttyS0
@@ -163,33 +166,29 @@ build_base() {
     rm -f "$tmp/rootfs/var/www/html/index.nginx-debian.html"
     (cd "$CACHE/debs" && apt-get -q -o APT::Sandbox::User=root download "$NEWER")
     mkdir -p "$tmp/rootfs/var/cache/apt/archives"
-    cp "$CACHE/debs/$NEWER"_*.deb "$tmp/rootfs/var/cache/apt/archives/"
-    jq -n --arg older "${OLDER#linux-image-}" --arg newer "${NEWER#linux-image-}" \
-        '{olderKernel: $older, newerKernel: $newer}' >"$tmp/meta.json"
+    cp "$(newer_package)" "$tmp/rootfs/var/cache/apt/archives/"
+    boot_files "$tmp/rootfs" "$tmp"
+    image "$tmp/rootfs" "$tmp/guest.ext4" 2560M "$uuid" root
+    rm -rf "$tmp/rootfs"
+    jq -n --arg uuid "$uuid" --arg older "${OLDER#linux-image-}" --arg newer "${NEWER#linux-image-}" \
+        '{uuid: $uuid, olderKernel: $older, newerKernel: $newer}' >"$tmp/meta.json"
     mv "$tmp" "$BASE"
 }
 
 # The cheap step, repeated whenever agent or ledger change.
 build_guest() {
-    local tmp=$GUEST.tmp uuid
+    local tmp=$GUEST.tmp
     rm -rf "$tmp" && mkdir -p "$tmp"
-    uuid=$(uuidgen -r)
-    cp -a --reflink=auto "$BASE/rootfs" "$tmp/rootfs"
-    fstab "$tmp/rootfs" "$uuid"
-    authorize "$tmp/rootfs"
-    if [[ " ${GUEST_BINARIES[*]} " == *" understudy-ledger "* ]]; then
-        install -m 755 "$BIN/understudy-ledger" "$tmp/rootfs/usr/local/bin/understudy-ledger"
-        chroot "$tmp/rootfs" systemctl -q enable ledger
-    fi
-    if [[ " ${GUEST_BINARIES[*]} " == *" understudy-guest "* ]]; then
-        "$BIN/understudy-guest" install --root "$tmp/rootfs"
-    fi
-    boot_files "$tmp/rootfs" "$tmp"
-    image "$tmp/rootfs" "$tmp/guest.ext4" 2560M "$uuid" root
-    rm -rf "$tmp/rootfs"
-    jq --arg uuid "$uuid" '. + {uuid: $uuid, binaries: $ARGS.positional}' "$BASE/meta.json" \
-        --args "${GUEST_BINARIES[@]}" >"$tmp/meta.json"
+    cp --sparse=always --reflink=auto "$BASE/guest.ext4" "$tmp/guest.ext4"
+    ln "$BASE/vmlinuz" "$BASE/initrd.img" "$tmp/"
+    "$BED_DIR/guest-install.sh" "$tmp/guest.ext4" "${BIN:-/nonexistent}"
+    jq '. + {binaries: $ARGS.positional}' "$BASE/meta.json" --args "${GUEST_BINARIES[@]}" >"$tmp/meta.json"
     mv "$tmp" "$GUEST"
+}
+
+# The newer kernel's package, of the version that is offered now.
+newer_package() {
+    find "$CACHE/debs" -name "${NEWER}_*.deb" | sort -V | tail -n 1
 }
 
 # key_of PACKAGES PATH...: over the packages' versions, our files and the recipe.
@@ -201,12 +200,12 @@ key_of() {
         # Version lines of these packages alone.
         awk 'NR == FNR { want[$0]; next } $2 in want' <(tr , '\n' <<<"$packages") <(tail -n +3 <<<"$OFFERED")
         hash_of "$@"
-        declare -f rootfs tree image boot_files fstab authorize build_node build_base
+        declare -f rootfs tree image boot_files fstab authorize newer_package build_node build_base
     } | sha256sum | cut -c1-12
 }
 NODE_KEY=$(key_of "$NODE_PACKAGES,$NEWER" "$BED_DIR/node" "$CACHE/ssh/id_ed25519.pub")
-BASE_KEY=$(key_of "$GUEST_PACKAGES,$OLDER,$NEWER" "$BED_DIR/guest")
-GUEST_INPUTS=("$CACHE/ssh/id_ed25519.pub")
+BASE_KEY=$(key_of "$GUEST_PACKAGES,$OLDER,$NEWER" "$BED_DIR/guest" "$CACHE/ssh/id_ed25519.pub")
+GUEST_INPUTS=("$BED_DIR/guest-install.sh")
 GUEST_BINARIES=()
 for name in understudy-guest understudy-ledger; do
     if [[ -n $BIN && -x $BIN/$name ]]; then
@@ -251,7 +250,7 @@ prune guest 8
 
 if [[ -n $OUT ]]; then
     mkdir -p "$(dirname "$OUT")"
-    package=$(find "$CACHE/debs" -name "${NEWER}_*.deb" -printf '/var/cache/apt/archives/%f\n' | sort -V | tail -n 1)
+    package=/var/cache/apt/archives/$(basename "$(newer_package)")
     jq -n --arg cache "$CACHE" --arg node "$NODE" --arg base "$BASE" --arg guest "$GUEST" \
         --arg older "${OLDER#linux-image-}" --arg newer "${NEWER#linux-image-}" --arg package "$package" \
         '{cache: $cache, node: $node, guestBase: $base, guest: $guest,

@@ -67,7 +67,7 @@ impl Run {
     }
 
     fn run(&self, name: &str, test: fn(&Context) -> Result<()>) -> Result<()> {
-        eprintln!("{name}");
+        eprintln!();
         let dir = Self::dir_on_node(name);
         let ssh = self.stage.node.ssh();
         ssh.run(&format!(

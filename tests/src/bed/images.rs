@@ -16,7 +16,7 @@ pub struct Images {
     pub cache: PathBuf,
     /// Directory of the node image: `root.ext4`, `vmlinuz`, `initrd.img`.
     pub node: PathBuf,
-    /// Directory of the guest before our binaries are put in: `rootfs/`.
+    /// Directory of the guest image before our programs are put in; the same files.
     pub guest_base: PathBuf,
     /// Directory of the guest image: `guest.ext4`, `vmlinuz`, `initrd.img`.
     pub guest: PathBuf,
@@ -59,10 +59,10 @@ impl Images {
             .with_context(|| format!("{} is not what images.sh writes", file.display()))
     }
 
-    /// A name for the guest image that changes with its content.
-    pub fn guest_name(&self) -> String {
+    /// A name for the guest image without our programs that changes with its content.
+    pub fn base_name(&self) -> String {
         let key = self
-            .guest
+            .guest_base
             .file_name()
             .map(|name| name.to_string_lossy().into_owned())
             .unwrap_or_default();
@@ -81,5 +81,10 @@ impl Images {
     /// The root disk of a guest that has not booted yet.
     pub fn guest_disk(&self) -> PathBuf {
         self.guest.join("guest.ext4")
+    }
+
+    /// The same without our programs.
+    pub fn base_disk(&self) -> PathBuf {
+        self.guest_base.join("guest.ext4")
     }
 }

@@ -11,7 +11,16 @@ use anyhow::{Context, Result, bail};
 use super::{Images, Node, NodeOptions, repository};
 
 /// Binaries that a node needs, as cargo names them.
-const ON_NODE: [&str; 3] = ["understudy-vmm", "understudy-node", "understudy-guest"];
+const ON_NODE: [&str; 4] = [
+    "understudy-vmm",
+    "understudy-node",
+    "understudy-guest",
+    "understudy-ledger",
+];
+/// Those of them that go into the guest image.
+const IN_GUEST: [&str; 2] = ["understudy-guest", "understudy-ledger"];
+
+const GUEST_IMAGE: &str = "/var/lib/understudy/images/guest.ext4";
 
 /// Where binaries are on a node.
 pub const NODE_BIN: &str = "/opt/understudy/bin";
@@ -34,31 +43,17 @@ impl Stage {
     pub fn set(name: &str, binaries: &Path) -> Result<Self> {
         let node = Node::named(name)?;
         let lock = node.lock()?;
-        let images = Images::build(binaries, &[])?;
+        let images = Images::build(binaries, &["node", "guest-base"])?;
         let started = Instant::now();
         if node.up(&images, &NodeOptions::default(), false)? {
             report("node up", started);
         }
-        push_binaries(&node, binaries)?;
-        let started = Instant::now();
-        let name = images.guest_name();
-        let here = node
-            .ssh()
-            .output(&format!("test -e /var/lib/understudy/images/{name}"))?
-            .status
-            .success();
-        if !here {
-            // Older images are of no use to anybody: who runs on this node holds its lock.
-            node.ssh().run("rm -f /var/lib/understudy/images/*")?;
-        }
-        let guest_image = node.push_image(&images.guest_disk(), &name)?;
-        if !here {
-            report("guest image into node", started);
-        }
+        let there = push_binaries(&node, binaries)?;
+        install_guest(&node, &images, &there)?;
         Ok(Self {
             node,
             images,
-            guest_image,
+            guest_image: GUEST_IMAGE.to_owned(),
             _lock: lock,
         })
     }
@@ -81,8 +76,9 @@ fn report(what: &str, started: Instant) {
     eprintln!("  {what}: {:.1} s", started.elapsed().as_secs_f64());
 }
 
-/// Copies what has changed. The node keeps a list of what it has, so that nothing is hashed there.
-fn push_binaries(node: &Node, binaries: &Path) -> Result<()> {
+/// Copies what has changed and returns the list of what is there: `SHA256 NAME` lines. The node
+/// keeps that list, so that nothing is hashed there.
+fn push_binaries(node: &Node, binaries: &Path) -> Result<String> {
     let list = format!("{NODE_BIN}/.pushed");
     let there = node.ssh().output(&format!("cat {list}"))?.stdout;
     let mut now = String::new();
@@ -117,6 +113,40 @@ fn push_binaries(node: &Node, binaries: &Path) -> Result<()> {
     if now != there {
         node.ssh().write(&list, &now)?;
     }
+    Ok(now)
+}
+
+/// Makes the pristine guest image on the node: the base is brought once, our programs are put in
+/// whenever they change. A note beside the image, written last, says what is in it.
+fn install_guest(node: &Node, images: &Images, binaries: &str) -> Result<()> {
+    let base = images.base_name();
+    let programs = binaries
+        .lines()
+        .filter(|line| IN_GUEST.iter().any(|name| line.ends_with(name)));
+    let wanted: String = std::iter::once(base.as_str())
+        .chain(programs)
+        .map(|line| format!("{line}\n"))
+        .collect();
+    let note = format!("{GUEST_IMAGE}.note");
+    let there = node.ssh().output(&format!("cat {note}"))?.stdout;
+    if there == wanted {
+        return Ok(());
+    }
+    let started = Instant::now();
+    if there.lines().next() != Some(base.as_str()) {
+        node.ssh().run("rm -rf /var/lib/understudy/images")?;
+        let pushed = node.push_image(&images.base_disk(), &base)?;
+        node.ssh().run(&format!("mv {pushed} {GUEST_IMAGE}"))?;
+    }
+    let script = repository().join("tests/bed/guest-install.sh");
+    node.ssh()
+        .push(&script, "/opt/understudy/guest-install.sh", 0o755)?;
+    node.ssh().write(&note, &format!("{base}\n"))?;
+    node.ssh().run(&format!(
+        "/opt/understudy/guest-install.sh {GUEST_IMAGE} {NODE_BIN} && sync {GUEST_IMAGE}"
+    ))?;
+    node.ssh().write(&note, &wanted)?;
+    report("guest image on node", started);
     Ok(())
 }
 

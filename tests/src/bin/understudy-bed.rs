@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
-use understudy_tests::bed::{Images, Node, NodeOptions, Status, check_guest};
+use understudy_tests::bed::{Images, NODE_BIN, Node, NodeOptions, Stage, Status, check_guest};
 
 /// Images and node VMs of Understudy's test bed
 #[derive(Parser)]
@@ -82,8 +82,8 @@ enum NodeCommand {
         /// Path there
         remote: String,
     },
-    /// Bring the guest image into it and print its path there
-    PushGuest,
+    /// Start it where it is not up, bring current binaries and guest image into it
+    Stage,
     /// Print its console log
     Logs,
 }
@@ -137,6 +137,14 @@ fn node(node: &Node, command: NodeCommand, bin: &std::path::Path) -> Result<()> 
             );
             Ok(())
         }
+        NodeCommand::Stage => {
+            let stage = Stage::set(node.name(), bin)?;
+            println!(
+                "binaries     {NODE_BIN}\nguest image  {} (copy it before use)",
+                stage.guest_image
+            );
+            Ok(())
+        }
         NodeCommand::Down => node.down(),
         NodeCommand::Kill => node.kill(),
         NodeCommand::Remove => node.remove(),
@@ -163,12 +171,6 @@ fn node(node: &Node, command: NodeCommand, bin: &std::path::Path) -> Result<()> 
         NodeCommand::Push { local, remote } => {
             must_be_up(node)?;
             node.ssh().push(&local, &remote, 0o755)
-        }
-        NodeCommand::PushGuest => {
-            must_be_up(node)?;
-            let images = Images::build(bin, &["guest"])?;
-            println!("{}", node.push_image(&images.guest_disk(), &images.guest_name())?);
-            Ok(())
         }
         NodeCommand::Logs => {
             let log = node.console_log();
