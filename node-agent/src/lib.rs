@@ -3,3 +3,6 @@
 #![forbid(unsafe_code)]
 
 pub mod handover;
+pub mod config;
+pub mod durable;
+pub mod isolation;
