@@ -1,5 +1,4 @@
-//! Placeholder, replaced by the first landing.
+//! `understudy-node`.
 #![forbid(unsafe_code)]
 
-//! `understudy-node`.
 fn main() {}

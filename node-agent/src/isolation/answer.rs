@@ -78,8 +78,10 @@ fn answer_ipv4(facts: &Facts, ethernet_frame: &EthernetFrame<&[u8]>) -> Option<V
     // (RFC 1122 §3.2.2).
     let to = header.dst_addr;
     let one = |address: Ipv4Addr| {
-        !(address.is_unspecified() || address.is_broadcast() || address.is_multicast())
-            && !is_subnet_broadcast(facts, address)
+        !(address.is_unspecified()
+            || address.is_broadcast()
+            || address.is_multicast()
+            || is_subnet_broadcast(facts, address))
     };
     if !one(to) || !one(header.src_addr) || facts.is_own(IpAddr::V4(to)) || packet.frag_offset() != 0 {
         return None;
