@@ -2,7 +2,7 @@
 //! directory of manifests; what it takes specs from and reports to is behind traits.
 #![forbid(unsafe_code)]
 
-pub mod handover;
 pub mod config;
 pub mod durable;
+pub mod handover;
 pub mod isolation;
