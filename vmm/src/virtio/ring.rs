@@ -2,10 +2,11 @@
 //! ring is ignored until it resets the device.
 
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
-use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
 use virtio_queue::{Error, QueueOwnedT, QueueT};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::buffers::{Buffers, MAX_PIECES};
 use super::device::{ActiveQueue, Interrupt};
@@ -29,6 +30,8 @@ pub struct Ring {
     memory: GuestMemoryMmap,
     interrupt: Arc<dyn Interrupt>,
     queue: ActiveQueue,
+    /// Used index when the driver was last considered.
+    signalled: u16,
     broken: bool,
 }
 
@@ -44,11 +47,13 @@ impl Ring {
         queue
             .queue
             .set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
+        let signalled = queue.queue.next_used();
         Ring {
             device: device.to_owned(),
             memory: memory.clone(),
             interrupt: interrupt.clone(),
             queue,
+            signalled,
             broken: false,
         }
     }
@@ -108,25 +113,91 @@ impl Ring {
         Some(chain)
     }
 
-    /// Puts the chain that was taken last back.
+    /// Puts the chain that was taken last back; several times, the ones before it.
     pub fn put_back(&mut self) {
         self.queue.queue.go_to_previous_position();
     }
 
     /// Returns a chain to the driver with the number of bytes written to it.
     pub fn complete(&mut self, head: u16, written: u32) {
-        if let Err(error) = self.queue.queue.add_used(&self.memory, head, written) {
+        self.complete_all(&[(head, written)]);
+    }
+
+    /// Returns several chains at once: the driver sees all of them or none, as it must for a frame that
+    /// was merged from several buffers (virtio 1.2, 5.1.6.4).
+    pub fn complete_all(&mut self, chains: &[(u16, u32)]) {
+        if self.broken {
+            return;
+        }
+        if let Err(error) = self.publish(chains) {
             self.give_up(&error);
         }
     }
 
+    fn publish(&mut self, chains: &[(u16, u32)]) -> Result<(), Error> {
+        let queue = &mut self.queue.queue;
+        let at = |offset: u64| {
+            let address = queue.used_ring().checked_add(offset);
+            address.map(GuestAddress).ok_or(Error::AddressOverflow)
+        };
+        let mut index = queue.next_used();
+        for &(head, written) in chains {
+            if head >= queue.size() {
+                return Err(Error::InvalidDescriptorIndex);
+            }
+            // Index of the head, then the length (virtio 1.2, 2.7.8), both little-endian.
+            let element = (u64::from(head) | u64::from(written) << 32).to_le();
+            let entry = at(4 + 8 * u64::from(index % queue.size()))?;
+            self.memory
+                .write_obj(element, entry)
+                .map_err(Error::GuestMemory)?;
+            index = index.wrapping_add(1);
+        }
+        // Released after the elements, so that the driver reads no element that is not written.
+        self.memory
+            .store(index.to_le(), at(2)?, Ordering::Release)
+            .map_err(Error::GuestMemory)?;
+        queue.set_next_used(index);
+        Ok(())
+    }
+
     /// Tells the driver about returned chains, if it wants to know.
     pub fn notify_driver(&mut self) {
-        match self.queue.queue.needs_notification(&self.memory) {
+        if self.broken {
+            return;
+        }
+        match self.needs_notification() {
             Ok(true) => self.interrupt.signal_queue(self.queue.index),
             Ok(false) => {}
             Err(error) => self.give_up(&error),
         }
+    }
+
+    /// Whether the driver wants to know of what was returned since the last time (virtio 1.2, 2.7.7.2).
+    fn needs_notification(&mut self) -> Result<bool, Error> {
+        let queue = &self.queue.queue;
+        let new = queue.next_used();
+        let old = std::mem::replace(&mut self.signalled, new);
+        if new == old {
+            return Ok(false);
+        }
+        // The index was written before what the driver wants is read, or both sides wait for each other.
+        fence(Ordering::SeqCst);
+        let load = |offset: u64| {
+            let address = queue.avail_ring().checked_add(offset);
+            self.memory
+                .load(
+                    GuestAddress(address.ok_or(Error::AddressOverflow)?),
+                    Ordering::Relaxed,
+                )
+                .map(u16::from_le)
+                .map_err(Error::GuestMemory)
+        };
+        if !queue.event_idx_enabled() {
+            return Ok(load(0)? & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0);
+        }
+        let wanted = load(4 + 2 * u64::from(queue.size()))?;
+        Ok(new.wrapping_sub(wanted).wrapping_sub(1) < new.wrapping_sub(old))
     }
 
     /// Asks for a notification of the next chain. Where one is there already the queue's event is raised, so
