@@ -258,6 +258,24 @@ fn make_tap(name: &str) {
     }
 }
 
+/// Waits until the kernel has a queue for the tap: that is activated some time after it was opened, and
+/// frames are dropped until then.
+fn wait_for_carrier(name: &str) {
+    let deadline = std::time::Instant::now() + SOON;
+    loop {
+        let shown = Command::new("ip")
+            .args(["-o", "link", "show", name])
+            .output()
+            .unwrap();
+        let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+        if shown.contains("state UP") {
+            return;
+        }
+        assert!(std::time::Instant::now() < deadline, "{shown}");
+        std::thread::yield_now();
+    }
+}
+
 /// A raw socket on the host's side of the tap.
 fn raw_socket(name: &str) -> OwnedFd {
     use std::os::fd::FromRawFd;
@@ -324,6 +342,7 @@ fn a_clone_takes_over_the_tap_with_the_frames_that_wait_in_it() {
         )
         .unwrap();
         let _old_driver = TestDriver::start(&mut old, 0);
+        wait_for_carrier("ustap0");
         old_gates.receive.close();
         old_gates.receive.drain(SOON).unwrap();
         let late = [&MAC[..], &[2, 0, 0, 0, 0, 9, 0x88, 0xb5], &[7; 46]].concat();
