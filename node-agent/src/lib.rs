@@ -4,5 +4,6 @@
 
 pub mod config;
 pub mod durable;
+pub mod guest_agent;
 pub mod handover;
 pub mod isolation;
