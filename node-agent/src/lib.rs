@@ -4,6 +4,5 @@
 
 pub mod config;
 pub mod durable;
-pub mod guest_agent;
 pub mod handover;
 pub mod isolation;
