@@ -136,7 +136,8 @@ build_node() {
     tree node "$tmp/rootfs"
     fstab "$tmp/rootfs" "$uuid"
     mkdir -p "$tmp/rootfs/var/lib/understudy"
-    printf 'LABEL=understudy /var/lib/understudy ext4 defaults,noatime,nofail,x-systemd.device-timeout=20 0 2\n' \
+    # Not nofail: whoever can log in shall find it mounted.
+    printf 'LABEL=understudy /var/lib/understudy ext4 defaults,noatime 0 2\n' \
         >>"$tmp/rootfs/etc/fstab"
     authorize "$tmp/rootfs"
     chroot "$tmp/rootfs" systemctl -q enable systemd-networkd systemd-network-generator
