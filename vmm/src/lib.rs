@@ -1,7 +1,16 @@
 //! The virtual machine monitor: one process per guest, on `/dev/kvm` through rust-vmm crates.
 
 pub mod block;
+pub mod boot;
+pub mod check;
+pub mod control;
 pub mod gate;
+pub mod layout;
+pub mod legacy;
+pub mod machine;
 pub mod net;
+pub mod pci;
+pub mod process;
+pub mod supervisor;
 pub mod virtio;
 pub mod vsock;

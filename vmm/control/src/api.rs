@@ -5,6 +5,7 @@
 //! | route | body | answer |
 //! | --- | --- | --- |
 //! | `GET /v1/vm` | | [`VmInfo`] |
+//! | `GET /v1/console` | | [`ConsoleTail`] |
 //! | `PUT /v1/vm/boot` | `{}` | `{}`: starts a prepared clone's vCPUs |
 //! | `PUT /v1/vm/power-button` | `{}` | `{}`: ACPI power button |
 //! | `PUT /v1/vm/reset` | `{}` | `{}`: as the guest's own reset |
@@ -70,6 +71,15 @@ pub struct VmInfo {
     pub counters: Counters,
     /// The disks.
     pub disks: Vec<DiskInfo>,
+}
+
+/// Answer of `GET /v1/console`: what the guest wrote last to its serial console, 16 KiB at most. It tells
+/// why a kernel panicked or what a boot waits for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ConsoleTail {
+    /// The text; bytes that are not UTF-8 are replaced.
+    pub text: String,
 }
 
 /// What may pass. `true`: closed.

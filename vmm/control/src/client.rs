@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::api::{
-    Activate, ActivateReport, Commit, DiskInfo, ErrorBody, GiveNetwork, HoldReport, HoldRequest,
+    Activate, ActivateReport, Commit, ConsoleTail, DiskInfo, ErrorBody, GiveNetwork, HoldReport, HoldRequest,
     PrepareSplit, Split, SplitReport, VmInfo,
 };
 
@@ -70,6 +70,11 @@ impl Client {
     /// `GET /v1/vm`.
     pub fn info(&self) -> Result<VmInfo, ClientError> {
         self.request("GET", "/v1/vm", None::<&()>)
+    }
+
+    /// `GET /v1/console`.
+    pub fn console(&self) -> Result<ConsoleTail, ClientError> {
+        self.request("GET", "/v1/console", None::<&()>)
     }
 
     /// `PUT /v1/vm/{action}`: boot, power-button, reset or stop.

@@ -4,6 +4,7 @@ pub mod buffers;
 pub mod device;
 pub mod ring;
 pub mod rng;
+pub mod transport;
 pub mod worker;
 
 #[cfg(test)]

@@ -1,0 +1,81 @@
+//! The process of one guest, from its configuration to its end.
+
+use std::error::Error;
+use std::io;
+use std::path::Path;
+use std::sync::mpsc::Sender;
+use std::thread;
+
+use tracing_subscriber::EnvFilter;
+use understudy_vmm_control::config::Role;
+
+use crate::control::server::{self, Sockets};
+use crate::machine::board::Event;
+use crate::supervisor::{Supervisor, validate};
+
+/// Logs to stderr with UTC timestamps in microseconds; `RUST_LOG` selects, `info` is the default.
+pub fn log_to_stderr() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(false)
+        .init();
+}
+
+/// Runs the guest of the configuration at `path`; `false` when it ended by a crash.
+pub fn run(path: &Path) -> Result<bool, Box<dyn Error>> {
+    let config = validate::read(path)?;
+    // Before any thread: all inherit the mask.
+    let signals = block_stop_signals()?;
+    tracing::info!(
+        guest = config.guest,
+        incarnation = config.incarnation,
+        role = ?config.role,
+        cpus = config.cpus,
+        memory_mib = config.memory_mib,
+        version = env!("CARGO_PKG_VERSION"),
+        "starting"
+    );
+    let control = config.paths.control.clone();
+    let listener = server::bind(&control)
+        .map_err(|error| format!("paths.control: listening on {}: {error}", control.display()))?;
+    let _sockets = Sockets(vec![control]);
+    let role = config.role;
+    let (supervisor, events) = Supervisor::new(config)?;
+    stop_on_signal(signals, supervisor.events())?;
+    supervisor.watch_lease()?;
+    if role == Role::Active {
+        supervisor.start()?;
+    }
+    server::serve(listener, supervisor.clone())?;
+    Ok(supervisor.run(&events))
+}
+
+fn block_stop_signals() -> io::Result<libc::sigset_t> {
+    // SAFETY: `set` is initialised by sigemptyset before any other use; all pointers are to locals.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, libc::SIGTERM);
+        libc::sigaddset(&mut set, libc::SIGINT);
+        match libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) {
+            0 => Ok(set),
+            error => Err(io::Error::from_raw_os_error(error)),
+        }
+    }
+}
+
+/// SIGTERM and SIGINT end the process as `PUT /v1/vm/stop` does.
+fn stop_on_signal(set: libc::sigset_t, events: Sender<Event>) -> io::Result<()> {
+    thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        let mut signal = 0;
+        // SAFETY: both pointers are to locals, and the set was initialised.
+        while unsafe { libc::sigwait(&set, &mut signal) } == 0 {
+            if events.send(Event::Stop).is_err() {
+                return;
+            }
+        }
+    })?;
+    Ok(())
+}

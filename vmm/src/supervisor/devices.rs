@@ -1,0 +1,117 @@
+//! The guest's devices with their backends, which outlive resets of the machine.
+
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use understudy_vmm_control::api::{ActivateReport, DiskInfo};
+use understudy_vmm_control::config::{DiskRole, VmConfig};
+
+use crate::block::{BlockDevice, Disk, DiskError};
+use crate::gate::{Counters, Gates};
+use crate::machine::platform::{self, Platform};
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::transport::SharedDevice;
+
+/// Why the devices could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum DevicesError {
+    /// A disk.
+    #[error("disks[{index}]: {source}")]
+    Disk {
+        /// Index in the configuration.
+        index: usize,
+        /// Why it failed.
+        source: DiskError,
+    },
+    /// The configuration has no root disk, which validation refuses.
+    #[error("disks: none has the role Root")]
+    NoRoot,
+}
+
+/// Devices and backends.
+pub struct Devices {
+    list: Vec<(u8, SharedDevice)>,
+    disks: Vec<Arc<Disk>>,
+    root: Arc<Disk>,
+}
+
+impl Devices {
+    /// Opens all backends.
+    pub fn open(
+        config: &VmConfig,
+        platform: &Platform,
+        gates: &Gates,
+        counters: &Arc<Counters>,
+    ) -> Result<Devices, DevicesError> {
+        let mut list = Vec::new();
+        let mut add = |name: &str, device: Box<dyn VirtioDevice>| {
+            // Every device of the configuration was given a slot when the platform was settled.
+            if let Some(slot) = platform.slot(name) {
+                list.push((slot, Arc::new(Mutex::new(device))));
+            }
+        };
+        let mut disks = Vec::new();
+        let mut root = None;
+        for (index, disk) in config.disks.iter().enumerate() {
+            let opened =
+                Disk::open(disk, config.role).map_err(|source| DevicesError::Disk { index, source })?;
+            let device = BlockDevice::new(opened.clone(), gates.write.clone(), counters.clone());
+            add(&platform::disk_name(&disk.name), Box::new(device));
+            if disk.role == DiskRole::Root {
+                root = Some(opened.clone());
+            }
+            disks.push(opened);
+        }
+        Ok(Devices {
+            list,
+            disks,
+            root: root.ok_or(DevicesError::NoRoot)?,
+        })
+    }
+
+    /// All devices with their slots.
+    pub fn list(&self) -> &[(u8, SharedDevice)] {
+        &self.list
+    }
+
+    /// The disk that the guest boots from.
+    pub fn root(&self) -> &Arc<Disk> {
+        &self.root
+    }
+
+    /// A disk by its name.
+    pub fn disk(&self, name: &str) -> Option<&Arc<Disk>> {
+        self.disks.iter().find(|disk| disk.name() == name)
+    }
+
+    /// Disks for the control API.
+    pub fn disk_info(&self) -> Vec<DiskInfo> {
+        self.disks.iter().map(|disk| disk.info()).collect()
+    }
+
+    /// Stops all workers.
+    pub fn reset(&self) {
+        for (_, device) in &self.list {
+            drop(device.lock().unwrap_or_else(PoisonError::into_inner).reset());
+        }
+    }
+
+    /// Makes completed writes durable.
+    pub fn flush(&self) -> io::Result<()> {
+        self.disks.iter().try_for_each(|disk| disk.flush())
+    }
+
+    /// Sends the taps to the process that listens at `socket`.
+    pub fn give_taps(&self, _socket: &Path) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Puts every interface on its tap.
+    pub fn attach_taps(&self, _open: bool) -> io::Result<ActivateReport> {
+        Ok(ActivateReport {
+            taps_received: 0,
+            taps_opened: 0,
+        })
+    }
+}
