@@ -40,7 +40,7 @@ pub fn run(path: &Path) -> Result<bool, Box<dyn Error>> {
     let control = config.paths.control.clone();
     let listener = server::bind(&control)
         .map_err(|error| format!("paths.control: listening on {}: {error}", control.display()))?;
-    let _sockets = Sockets(vec![control]);
+    let _sockets = Sockets(vec![control, config.vsock.socket.clone()]);
     let role = config.role;
     let (supervisor, events) = Supervisor::new(config)?;
     stop_on_signal(signals, supervisor.events())?;

@@ -1,8 +1,12 @@
 //! What the guest's boot CPU finds in RAM: kernel, initrd and command line, ACPI and SMBIOS tables.
 
 pub mod acpi;
+pub mod disk;
+mod filesystem;
+mod grub;
 pub mod linux;
 pub mod smbios;
+mod version;
 
 use std::fs;
 use std::io;
@@ -12,6 +16,8 @@ use std::sync::Arc;
 use understudy_vmm_control::config::Boot;
 
 use crate::block::Disk;
+
+pub use disk::DiskBootError;
 
 /// What is booted.
 #[derive(Clone, Debug, Default)]
@@ -41,12 +47,15 @@ pub enum BootError {
         /// Why it failed.
         source: io::Error,
     },
+    /// The guest's own disk.
+    #[error("boot.fromDisk: {0}")]
+    Disk(#[from] DiskBootError),
 }
 
 /// Finds kernel, initrd and command line; reads them anew at each call.
-pub fn find(boot: &Boot, _root: &Arc<Disk>) -> Result<Payload, BootError> {
+pub fn find(boot: &Boot, root: &Arc<Disk>) -> Result<Payload, BootError> {
     match boot {
-        Boot::FromDisk {} => todo!(),
+        Boot::FromDisk {} => Ok(disk::find(root)?),
         Boot::Files {
             kernel,
             initrd,

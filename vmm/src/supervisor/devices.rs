@@ -11,7 +11,9 @@ use crate::block::{BlockDevice, Disk, DiskError};
 use crate::gate::{Counters, Gates};
 use crate::machine::platform::{self, Platform};
 use crate::virtio::device::VirtioDevice;
+use crate::virtio::rng::RngDevice;
 use crate::virtio::transport::SharedDevice;
+use crate::vsock::{VsockDevice, VsockError};
 
 /// Why the devices could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +26,9 @@ pub enum DevicesError {
         /// Why it failed.
         source: DiskError,
     },
+    /// The socket device.
+    #[error("vsock: {0}")]
+    Vsock(#[from] VsockError),
     /// The configuration has no root disk, which validation refuses.
     #[error("disks: none has the role Root")]
     NoRoot,
@@ -51,6 +56,8 @@ impl Devices {
                 list.push((slot, Arc::new(Mutex::new(device))));
             }
         };
+        add("rng", Box::new(RngDevice::new()));
+        add("vsock", Box::new(VsockDevice::new(&config.vsock)?));
         let mut disks = Vec::new();
         let mut root = None;
         for (index, disk) in config.disks.iter().enumerate() {
