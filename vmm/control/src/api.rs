@@ -71,6 +71,24 @@ pub struct VmInfo {
     pub counters: Counters,
     /// The disks.
     pub disks: Vec<DiskInfo>,
+    /// The network interfaces.
+    #[serde(default)]
+    pub interfaces: Vec<InterfaceInfo>,
+}
+
+/// A network interface as it stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct InterfaceInfo {
+    /// Index in the configuration.
+    pub index: u16,
+    /// Whether its frames go to the agent's responder and not to its tap.
+    pub isolated: bool,
+    /// When the guest sent its first frame since the interface got its present backend, in microseconds
+    /// of the host's real time: the end of an interruption.
+    pub first_sent_us: Option<u64>,
+    /// When it sent its latest frame.
+    pub last_sent_us: Option<u64>,
 }
 
 /// Answer of `GET /v1/console`: what the guest wrote last to its serial console, 16 KiB at most. It tells

@@ -29,7 +29,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 pub use self::backend::NetHandle;
 use self::backend::{Backend, Shared};
 use self::frames::Frames;
-use self::handover::Handover;
+pub use self::handover::Handover;
 use self::isolated::Isolated;
 pub use self::tap::Tap;
 use crate::gate::{Counters, Gates};

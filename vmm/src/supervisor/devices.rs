@@ -4,12 +4,13 @@ use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use understudy_vmm_control::api::{ActivateReport, DiskInfo};
+use understudy_vmm_control::api::{ActivateReport, DiskInfo, InterfaceInfo};
 use understudy_vmm_control::config::{DiskRole, VmConfig};
 
 use crate::block::{BlockDevice, Disk, DiskError};
 use crate::gate::{Counters, Gates};
 use crate::machine::platform::{self, Platform};
+use crate::net::{self, Handover, NetDevice, NetError, NetHandle};
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::rng::RngDevice;
 use crate::virtio::transport::SharedDevice;
@@ -26,6 +27,14 @@ pub enum DevicesError {
         /// Why it failed.
         source: DiskError,
     },
+    /// A network interface.
+    #[error("networks[{index}]: {source}")]
+    Network {
+        /// Index in the configuration.
+        index: usize,
+        /// Why it failed.
+        source: NetError,
+    },
     /// The socket device.
     #[error("vsock: {0}")]
     Vsock(#[from] VsockError),
@@ -37,6 +46,7 @@ pub enum DevicesError {
 /// Devices and backends.
 pub struct Devices {
     list: Vec<(u8, SharedDevice)>,
+    interfaces: Vec<NetHandle>,
     disks: Vec<Arc<Disk>>,
     root: Arc<Disk>,
 }
@@ -58,6 +68,20 @@ impl Devices {
         };
         add("rng", Box::new(RngDevice::new()));
         add("vsock", Box::new(VsockDevice::new(&config.vsock)?));
+        let mut interfaces = Vec::new();
+        for (index, network) in config.networks.iter().enumerate() {
+            // The configuration was checked for the number of interfaces.
+            let device = NetDevice::new(
+                network,
+                index as u16,
+                config.role,
+                gates.clone(),
+                counters.clone(),
+            )
+            .map_err(|source| DevicesError::Network { index, source })?;
+            interfaces.push(device.handle());
+            add(&platform::network_name(&network.mac), Box::new(device));
+        }
         let mut disks = Vec::new();
         let mut root = None;
         for (index, disk) in config.disks.iter().enumerate() {
@@ -72,6 +96,7 @@ impl Devices {
         }
         Ok(Devices {
             list,
+            interfaces,
             disks,
             root: root.ok_or(DevicesError::NoRoot)?,
         })
@@ -110,15 +135,28 @@ impl Devices {
     }
 
     /// Sends the taps to the process that listens at `socket`.
-    pub fn give_taps(&self, _socket: &Path) -> io::Result<()> {
-        Ok(())
+    pub fn give_taps(&self, socket: &Path) -> Result<(), NetError> {
+        net::give_all(&self.interfaces, socket)
     }
 
-    /// Puts every interface on its tap.
-    pub fn attach_taps(&self, _open: bool) -> io::Result<ActivateReport> {
-        Ok(ActivateReport {
-            taps_received: 0,
-            taps_opened: 0,
-        })
+    /// Puts every interface on its tap: one that has arrived, or with `open` by its name.
+    pub fn attach_taps(&self, handover: &Handover, open: bool) -> Result<ActivateReport, NetError> {
+        net::attach_all(&self.interfaces, handover, open)
+    }
+
+    /// Interfaces for the control API.
+    pub fn interface_info(&self) -> Vec<InterfaceInfo> {
+        self.interfaces
+            .iter()
+            .map(|interface| {
+                let sent = interface.frames_sent_at();
+                InterfaceInfo {
+                    index: interface.index(),
+                    isolated: interface.is_isolated(),
+                    first_sent_us: sent.map(|(first, _)| first),
+                    last_sent_us: sent.map(|(_, last)| last),
+                }
+            })
+            .collect()
     }
 }

@@ -31,6 +31,7 @@ use crate::machine::assembly::{Assembly, AssemblyError, Parts};
 use crate::machine::board::{Event, GuestEvent};
 use crate::machine::memory::{GuestRam, MemoryError};
 use crate::machine::platform::{Platform, PlatformError};
+use crate::net::Handover;
 use devices::{Devices, DevicesError};
 use fence::{FenceError, Ownership};
 
@@ -59,6 +60,14 @@ pub enum StartError {
     /// Not the owner.
     #[error(transparent)]
     Fence(#[from] FenceError),
+    /// The socket for taps.
+    #[error("paths.handover: listening on {path}: {source}")]
+    Handover {
+        /// The socket.
+        path: PathBuf,
+        /// Why it failed.
+        source: std::io::Error,
+    },
     /// Devices.
     #[error(transparent)]
     Devices(#[from] DevicesError),
@@ -86,6 +95,8 @@ struct Inner {
     kvm: Kvm,
     ram: GuestRam,
     platform: Platform,
+    /// Where a clone receives taps.
+    handover: Option<Handover>,
     /// Opened at boot: a clone is prepared before its layer has its final content below it.
     devices: Option<Devices>,
     assembly: Option<Assembly>,
@@ -123,6 +134,17 @@ impl Supervisor {
             path: config.paths.console.clone(),
             source,
         })?;
+        let handover = match config.role {
+            Role::Clone => {
+                Some(
+                    Handover::listen(&config.paths.handover).map_err(|source| StartError::Handover {
+                        path: config.paths.handover.clone(),
+                        source,
+                    })?,
+                )
+            }
+            Role::Active => None,
+        };
         let (events, receiver) = channel();
         let supervisor = Arc::new(Supervisor {
             state_dir: root,
@@ -134,6 +156,7 @@ impl Supervisor {
                 kvm,
                 ram,
                 platform,
+                handover,
                 devices: None,
                 assembly: None,
                 role: config.role,
@@ -301,6 +324,11 @@ impl Supervisor {
             gates: self.gates_report(&inner),
             counters: self.counters.report(),
             disks: inner.devices.as_ref().map(Devices::disk_info).unwrap_or_default(),
+            interfaces: inner
+                .devices
+                .as_ref()
+                .map(Devices::interface_info)
+                .unwrap_or_default(),
         }
     }
 

@@ -301,10 +301,12 @@ impl Supervisor {
                 owner.epoch, activate.epoch
             )));
         }
-        let Some(devices) = &inner.devices else {
+        let (Some(devices), Some(handover)) = (&inner.devices, &inner.handover) else {
             return Err(conflict("activate: the clone has not booted"));
         };
-        let report = devices.attach_taps(activate.open_taps).map_err(failed)?;
+        let report = devices
+            .attach_taps(handover, activate.open_taps)
+            .map_err(failed)?;
         inner.ownership = Some(ownership);
         inner.role = Role::Active;
         inner.activated = Some((activate.epoch, report));
