@@ -5,6 +5,7 @@
 //! what `make` sets.
 
 mod node;
+mod vmm;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -17,7 +18,10 @@ use understudy_tests::e2e::{Context, Run};
 type Test = (&'static str, fn(&Context) -> anyhow::Result<()>);
 
 /// All of them, cheapest first.
-const TESTS: &[Test] = &[("node_vm_has_real_kvm", node::node_vm_has_real_kvm)];
+const TESTS: &[Test] = &[
+    ("node_vm_has_real_kvm", node::node_vm_has_real_kvm),
+    ("vmm_boots_stock_debian", vmm::vmm_boots_stock_debian),
+];
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
