@@ -287,12 +287,13 @@ impl Thread {
     }
 }
 
-fn kick_signal() -> libc::c_int {
+/// The signal that makes a thread leave KVM_RUN.
+pub fn kick_signal() -> libc::c_int {
     libc::SIGRTMIN()
 }
 
 /// The signal only has to interrupt KVM_RUN: without SA_RESTART and with a handler that does nothing.
-fn install_kick_handler() {
+pub fn install_kick_handler() {
     extern "C" fn nothing(_: libc::c_int) {}
     // SAFETY: a zeroed sigaction is valid, and the handler is async-signal-safe.
     unsafe {
