@@ -1,0 +1,166 @@
+//! Gates with their lease, and the change of owner.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+
+use crate::common::{Guest, have_kvm, wait};
+use understudy_vmm_control::api::{Activate, Commit, Gates, HoldRequest, VmState};
+use understudy_vmm_control::client::{Client, ClientError};
+use understudy_vmm_control::owner::Owner;
+use uuid::Uuid;
+
+const ALL: Gates = Gates {
+    receive: true,
+    transmit: true,
+    write: true,
+    vcpus: true,
+};
+
+fn hold(client: &Client, lease_ms: u64) -> Result<u64, ClientError> {
+    let report = client.hold(&HoldRequest { gates: ALL, lease_ms })?;
+    assert_eq!(report.gates, ALL);
+    Ok(report.counters.block_writes)
+}
+
+fn status(error: ClientError) -> u16 {
+    match error {
+        ClientError::Refused { status, .. } => status,
+        other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn held_vcpus_stand_still_until_they_are_released() {
+    if !have_kvm() {
+        return;
+    }
+    let guest = Guest::new();
+    let vmm = guest.start(&guest.config(1, "Active", "l"));
+    vmm.makes_progress();
+    hold(&vmm.client, 60_000).unwrap();
+    let before = vmm.client.console().unwrap().text;
+    // Held again: idempotent.
+    hold(&vmm.client, 60_000).unwrap();
+    assert_eq!(vmm.client.console().unwrap().text, before);
+    assert_eq!(vmm.info().state, VmState::Paused);
+    let report = vmm.client.release().unwrap();
+    assert_eq!(report.gates, Gates::default());
+    vmm.makes_progress();
+}
+
+#[test]
+fn a_lease_that_runs_out_lets_the_guest_go_on() {
+    if !have_kvm() {
+        return;
+    }
+    let guest = Guest::new();
+    let vmm = guest.start(&guest.config(1, "Active", "l"));
+    hold(&vmm.client, 1).unwrap();
+    wait("the lease has run out", || vmm.info().gates == Gates::default());
+    assert_eq!(vmm.info().state, VmState::Running);
+    vmm.makes_progress();
+    let commit = Commit {
+        epoch: 2,
+        incarnation: 2,
+        layer: Uuid::new_v4(),
+        block_writes: 0,
+    };
+    assert_eq!(status(vmm.client.commit(&commit).unwrap_err()), 409);
+    assert_eq!(Owner::read(&guest.state_dir()).unwrap().unwrap().incarnation, 1);
+}
+
+#[test]
+fn a_commit_is_refused_unless_everything_holds_and_moves_the_guest_when_it_does() {
+    if !have_kvm() {
+        return;
+    }
+    let guest = Guest::new();
+    let old = guest.start(&guest.config(1, "Active", "l"));
+    let mut config = guest.config(2, "Clone", "l");
+    // What stands for the clone's layer here: a disk of its own beside the same fence.
+    config["disks"] = serde_json::json!([
+        { "name": "root", "role": "Root", "source": guest.path("disk.raw"), "readOnly": true },
+    ]);
+    let new = guest.start(&config);
+    assert_eq!(new.info().state, VmState::Prepared);
+    assert!(!new.info().owner);
+    let activate = Activate {
+        epoch: 2,
+        open_taps: false,
+    };
+    assert_eq!(status(new.client.activate(&activate).unwrap_err()), 409);
+
+    let written = hold(&old.client, 60_000).unwrap();
+    let commit = Commit {
+        epoch: 2,
+        incarnation: 2,
+        layer: Uuid::new_v4(),
+        block_writes: written,
+    };
+    for (wrong, expected) in [
+        (
+            Commit {
+                epoch: 3,
+                ..commit.clone()
+            },
+            409,
+        ),
+        (
+            Commit {
+                block_writes: written + 1,
+                ..commit.clone()
+            },
+            409,
+        ),
+        (
+            Commit {
+                incarnation: 1,
+                ..commit.clone()
+            },
+            400,
+        ),
+    ] {
+        assert_eq!(status(old.client.commit(&wrong).unwrap_err()), expected);
+    }
+    assert_eq!(Owner::read(&guest.state_dir()).unwrap().unwrap().epoch, 1);
+
+    old.client.commit(&commit).unwrap();
+    old.client.commit(&commit).unwrap();
+    let owner = Owner::read(&guest.state_dir()).unwrap().unwrap();
+    assert_eq!((owner.epoch, owner.incarnation), (2, 2));
+    assert_eq!(owner.layer, Some(commit.layer));
+    assert_eq!(old.info().state, VmState::Dormant);
+    assert!(!old.info().owner);
+    assert_eq!(old.info().gates, ALL);
+    assert_eq!(status(old.client.release().unwrap_err()), 409);
+    assert_eq!(status(hold(&old.client, 1).unwrap_err()), 409);
+}
+
+#[test]
+fn malformed_requests_are_answered_and_harm_nothing() {
+    if !have_kvm() {
+        return;
+    }
+    let guest = Guest::new();
+    let vmm = guest.start(&guest.config(1, "Active", "l"));
+    let exchange = |request: &str| {
+        let mut stream = UnixStream::connect(vmm.client.socket()).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    let put = |path: &str, body: &str| {
+        exchange(&format!(
+            "PUT {path} HTTP/1.1\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        ))
+    };
+    assert!(exchange("nonsense\r\n\r\n").starts_with("HTTP/1.1 400"));
+    assert!(put("/v1/hold", "{").starts_with("HTTP/1.1 400"));
+    assert!(put("/v1/hold", r#"{"gates":{},"leaseMs":0}"#).contains("leaseMs"));
+    assert!(put("/v1/vm/stop", r#"{"now":true}"#).starts_with("HTTP/1.1 400"));
+    assert!(put("/v1/nothing", "{}").starts_with("HTTP/1.1 404"));
+    vmm.makes_progress();
+}
