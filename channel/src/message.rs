@@ -339,6 +339,10 @@ pub struct Entry {
     /// Absolute path in the guest, raw bytes, at most [`MAX_PATH`].
     #[serde(with = "serde_bytes")]
     pub path: Vec<u8>,
+    /// Mount point of the file system on which it lies, where another one is mounted on top of it (then the
+    /// path alone would lead there); else empty.
+    #[serde(default, with = "serde_bytes")]
+    pub filesystem: Vec<u8>,
     /// What is there.
     pub node: Node,
 }

@@ -9,7 +9,7 @@ use understudy_channel::{Description, PORT};
 use crate::local::{Answer, Ask};
 use crate::role::Role;
 use crate::service::Config;
-use crate::{generator, install, local, service};
+use crate::{generator, install, local, service, tree};
 
 /// The guest agent of Understudy: reboots of this virtual machine without stopping the show.
 #[derive(Debug, Parser)]
@@ -56,6 +56,17 @@ enum Command {
         /// Directory of the service's run-time state.
         #[arg(long, value_name = "DIR", default_value = "/run/understudy")]
         run_dir: PathBuf,
+    },
+    /// List the file system mounted at PATH in a canonical form: trees are equal when their listings are.
+    TreeDigest {
+        /// Mount point.
+        path: PathBuf,
+        /// Name paths as if it were the root file system, so that the rules of merging apply.
+        #[arg(long)]
+        as_root: bool,
+        /// Print only the digest of the listing.
+        #[arg(long)]
+        short: bool,
     },
     /// Write the drop-ins of a clone (systemd does this, as a generator).
     #[command(hide = true)]
@@ -116,6 +127,16 @@ fn run(command: Command) -> Result<ExitCode, Box<dyn std::error::Error>> {
             Answer::Status(description) => print_status(&description),
             other => return Err(format!("unexpected answer of the service: {other:?}").into()),
         },
+        Command::TreeDigest { path, as_root, short } => {
+            let lines = tree::listing(&path, as_root)
+                .map_err(|error| format!("listing {} failed: {error}", path.display()))?;
+            if !short {
+                for line in &lines {
+                    println!("{line}");
+                }
+            }
+            println!("{}", tree::digest(&lines));
+        }
         Command::Generator { directories } => {
             let directory = directories
                 .first()

@@ -5,9 +5,10 @@ use std::sync::{Arc, Mutex};
 
 use understudy_channel::{FrameError, Notice, Refusal, Reply, Request, read_frame, write_frame};
 
+use crate::freeze::{Filesystems, Thawed};
 use crate::service::{Agent, lock};
 use crate::sys::vsock::Stream;
-use crate::{info, warning};
+use crate::{info, remains, warning};
 
 /// The control session that is open now, if any: a new one takes the place of an older one.
 #[derive(Debug, Default)]
@@ -76,6 +77,11 @@ fn exchange(agent: &Arc<Agent>, id: u64, stream: &mut Stream) -> Result<(), Fram
         let notice = Notice::BootComplete(Box::new(agent.describe()));
         agent.sessions.reply(id, &Reply::Notice(notice))?;
     }
+    if let Some(reason) = agent.lost_capture() {
+        agent
+            .sessions
+            .reply(id, &Reply::Notice(Notice::CaptureLost { reason }))?;
+    }
     for notice in agent.reboots.pending() {
         agent.sessions.reply(id, &Reply::Notice(notice))?;
     }
@@ -91,16 +97,41 @@ fn exchange(agent: &Arc<Agent>, id: u64, stream: &mut Stream) -> Result<(), Fram
 
 /// Carries out one request.
 fn answer(agent: &Arc<Agent>, request: Request) -> Reply {
-    match request {
-        Request::Describe => Reply::Description(Box::new(agent.describe())),
+    let result = match request {
+        Request::Describe => Ok(Reply::Description(Box::new(agent.describe()))),
+        Request::Confirm { operation, hold: _ } => agent.confirm(&operation).map(|()| Reply::Done),
+        Request::EndCapture { operation } => {
+            agent.end_capture(&operation);
+            Ok(Reply::Done)
+        }
+        Request::Sync => Filesystems::sync()
+            .map(|()| Reply::Done)
+            .map_err(|e| e.to_string()),
+        Request::FreezeFilesystems { watchdog_ms } => agent
+            .filesystems
+            .freeze(watchdog_ms)
+            .map(|took_us| Reply::Frozen { took_us })
+            .map_err(|e| e.to_string()),
+        Request::ThawFilesystems => Ok(thawed(agent.filesystems.thaw())),
+        Request::FreezeUserland { watchdog_ms, stop } => agent
+            .userland
+            .freeze(watchdog_ms, &stop)
+            .map(|()| Reply::Done)
+            .map_err(|e| e.to_string()),
+        Request::ThawUserland => Ok(thawed(agent.userland.thaw())),
+        Request::Remains => Ok(Reply::Remains(remains::remains())),
+        Request::Activate { operation } => agent.activate(&operation).map(Reply::Activated),
         Request::RebootAnswer { id, answer } => {
             agent.reboots.answer(&id, answer);
-            Reply::Done
+            Ok(Reply::Done)
         }
-        other => refused(format!("{other:?} is not served by this version")),
-    }
+    };
+    result.unwrap_or_else(|reason| Reply::Refused(Refusal { reason }))
 }
 
-fn refused(reason: String) -> Reply {
-    Reply::Refused(Refusal { reason })
+fn thawed(thawed: Thawed) -> Reply {
+    Reply::Thawed {
+        by_watchdog: thawed.by_watchdog,
+        frozen_us: thawed.frozen_us,
+    }
 }

@@ -64,6 +64,8 @@ pub fn install(root: &Path) -> Result<Vec<PathBuf>, InstallError> {
             source,
         })?;
     let mut changed = Vec::new();
+    // Made now, so that nothing has to be made beside the guest's data later.
+    directory(root, Path::new("var/lib/understudy/any"))?;
     put_file(root, BINARY, &own, 0o755, &mut changed)?;
     put_file(
         root,

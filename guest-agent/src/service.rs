@@ -8,16 +8,21 @@ use std::thread;
 use std::time::Duration;
 
 use understudy_channel::{
-    Hello, Notice, Purpose, Refusal, VERSION_MAX, VERSION_MIN, Welcome, read_frame, write_frame,
+    Activated, Hello, Notice, Purpose, Refusal, VERSION_MAX, VERSION_MIN, Welcome, read_frame, write_frame,
 };
 
+use crate::activate;
 use crate::control::ControlSessions;
 use crate::describe;
+use crate::export::{Capture, ExportError};
+use crate::freeze::Filesystems;
+use crate::import::{self, Importer};
 use crate::local::RebootRequests;
 use crate::role::Role;
 use crate::sys::process;
 use crate::sys::vsock::{Listener, Stream};
 use crate::systemd::Systemd;
+use crate::userland::Userland;
 use crate::{control, info, local, log, warning};
 
 /// Sessions at a time; the host needs a control session and one transfer, and both once more while it
@@ -25,6 +30,11 @@ use crate::{control, info, local, log, warning};
 const MAX_SESSIONS: usize = 16;
 /// Small, because all of it is locked in memory.
 const STACK: usize = 512 * 1024;
+/// How long the host may pause within a transfer.
+const TRANSFER_TIMEOUT: Duration = Duration::from_secs(120);
+/// Exists in the run-time directory while changes are captured: an agent that is started anew sees that it
+/// lost them.
+const CAPTURE_MARKER: &str = "capture";
 /// How long a peer may take to say what its session is for.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -71,23 +81,128 @@ pub struct Agent {
     pub sessions: ControlSessions,
     /// Requests of this guest's users.
     pub reboots: RebootRequests,
+    /// Freezing of file systems.
+    pub filesystems: Filesystems,
+    /// Freezing of user land.
+    pub userland: Userland,
+    capture: Mutex<Option<Arc<Capture>>>,
+    /// The importing side, on a clone.
+    importer: Option<Importer>,
+    activated: Mutex<Option<Activated>>,
     open: AtomicUsize,
 }
 
 impl Agent {
     /// An agent with nothing under way.
-    pub fn new(config: Config) -> Arc<Self> {
+    pub fn new(config: Config, importer: Option<Importer>) -> Arc<Self> {
         Arc::new(Self {
             config,
             sessions: ControlSessions::default(),
             reboots: RebootRequests::default(),
+            filesystems: Filesystems::default(),
+            userland: Userland::default(),
+            capture: Mutex::new(None),
+            importer,
+            activated: Mutex::new(None),
             open: AtomicUsize::new(0),
         })
     }
 
+    /// Begins to capture for an operation (patent US10606632B2, step 2). When this returns, every later
+    /// change is seen.
+    pub fn confirm(self: &Arc<Self>, operation: &str) -> Result<(), String> {
+        if self.config.role.is_waiting_clone() {
+            return Err("this is a clone that has not taken over yet: it cannot be cloned itself".to_owned());
+        }
+        let mut capture = lock(&self.capture);
+        match capture.as_ref() {
+            Some(running) if running.operation == operation => return Ok(()),
+            Some(running) => {
+                return Err(format!(
+                    "changes are being captured for {} already; end that first",
+                    running.operation
+                ));
+            }
+            None => {}
+        }
+        let marker = self.config.run_dir.join(CAPTURE_MARKER);
+        if let Some(reason) = self.lost_capture() {
+            return Err(format!("{reason}; end that capture first"));
+        }
+        std::fs::write(&marker, operation)
+            .map_err(|e| format!("{} could not be written: {e}", marker.display()))?;
+        let begun = Capture::begin(operation, None).map_err(|e| {
+            // Without a capture there is nothing to be lost.
+            let _ = std::fs::remove_file(&marker);
+            e.to_string()
+        })?;
+        let weak = Arc::downgrade(self);
+        begun.filter.on_lost(move |reason| {
+            if let Some(agent) = weak.upgrade() {
+                agent.sessions.notify(&Notice::CaptureLost {
+                    reason: reason.to_owned(),
+                });
+            }
+        });
+        info!("capturing for {operation}");
+        *capture = Some(Arc::new(begun));
+        Ok(())
+    }
+
+    /// Ends capturing; idempotent.
+    pub fn end_capture(&self, operation: &str) {
+        let mut capture = lock(&self.capture);
+        if let Some(ended) = capture.take_if(|c| c.operation == operation) {
+            ended.filter.end();
+            info!("capture for {operation} ended");
+        }
+        if capture.is_none() {
+            // Often it was never there.
+            let _ = std::fs::remove_file(self.config.run_dir.join(CAPTURE_MARKER));
+        }
+    }
+
+    /// Why a capture that had begun is no more: the agent was started anew in between.
+    pub fn lost_capture(&self) -> Option<String> {
+        if self.capturing().is_some() {
+            return None;
+        }
+        let operation = std::fs::read_to_string(self.config.run_dir.join(CAPTURE_MARKER)).ok()?;
+        Some(format!(
+            "the guest agent was restarted while it captured changes for {operation}"
+        ))
+    }
+
+    /// Makes a clone the guest; idempotent.
+    pub fn activate(&self, operation: &str) -> Result<Activated, String> {
+        let mut activated = lock(&self.activated);
+        if let Some(done) = activated.as_ref() {
+            return Ok(done.clone());
+        }
+        if !self.config.role.clone {
+            return Err("this is not a clone: there is nothing to activate".to_owned());
+        }
+        let stopped = self
+            .importer
+            .as_ref()
+            .map(|i| i.stopped_units(operation))
+            .unwrap_or_default();
+        let done = activate::activate(&self.config.role, &stopped)?;
+        *activated = Some(done.clone());
+        Ok(done)
+    }
+
+    fn capturing(&self) -> Option<String> {
+        // Not waiting for the lock: Confirm holds it while everything is written out.
+        match self.capture.try_lock() {
+            Ok(capture) => capture.as_ref().map(|c| c.operation.clone()),
+            Err(_) => None,
+        }
+    }
+
     /// State of the guest.
     pub fn describe(&self) -> understudy_channel::Description {
-        describe::describe(&self.config.role, None)
+        describe::describe(&self.config.role, self.capturing())
     }
 }
 
@@ -118,8 +233,10 @@ pub fn run(config: Config) -> Result<(), ServiceError> {
         path: run_dir.clone(),
         source,
     })?;
+    // Before anything else: on a clone, what this boot changes itself is to be told from the guest's changes.
+    let importer = importer(&config);
     let listener = listen(&config)?;
-    let agent = Agent::new(config);
+    let agent = Agent::new(config, importer);
     let local_path = run_dir.join(local::SOCKET);
     let local_listener = Listener::unix(&local_path).map_err(|source| ServiceError::Listen {
         place: local_path.display().to_string(),
@@ -230,9 +347,59 @@ pub fn session(agent: &Arc<Agent>, mut stream: Stream) -> Result<(), understudy_
             stream.set_read_timeout(None)?;
             control::serve(agent, stream)
         }
-        Purpose::Export(_) | Purpose::Import(_) => {
-            let reason = "transfers are not served by this version".to_owned();
-            write_frame(&mut stream, &Welcome::Refused(Refusal { reason }))
+        Purpose::Export(request) => {
+            let capture = lock(&agent.capture)
+                .clone()
+                .filter(|c| c.operation == request.operation);
+            let Some(capture) = capture else {
+                let reason = agent.lost_capture().unwrap_or_else(|| {
+                    format!(
+                        "no changes are being captured for {}; confirm it first",
+                        request.operation
+                    )
+                });
+                return write_frame(&mut stream, &Welcome::Refused(Refusal { reason }));
+            };
+            write_frame(&mut stream, &welcome)?;
+            match capture.export(&request, &mut stream) {
+                Ok(end) => info!(
+                    "round {}: {} entries, {} bytes sent",
+                    end.round, end.entries, end.bytes
+                ),
+                Err(ExportError::Frame(error)) => return Err(error),
+                Err(error) => warning!("{error}"),
+            }
+            Ok(())
+        }
+        Purpose::Import(request) => {
+            let importer = agent
+                .importer
+                .as_ref()
+                .filter(|_| agent.config.role.is_waiting_clone());
+            let Some(importer) = importer else {
+                let reason = "this is not a clone that waits for its cutover: nothing is imported".to_owned();
+                return write_frame(&mut stream, &Welcome::Refused(Refusal { reason }));
+            };
+            write_frame(&mut stream, &welcome)?;
+            stream.set_read_timeout(Some(TRANSFER_TIMEOUT))?;
+            let imported = importer.import(&request, &mut stream)?;
+            write_frame(&mut stream, &imported)
+        }
+    }
+}
+
+/// The importing side where this boot is a clone. Without it the agent still serves: the host learns from the
+/// refusal of the import what is wrong.
+fn importer(config: &Config) -> Option<Importer> {
+    if !config.role.is_waiting_clone() {
+        return None;
+    }
+    let state_dir = PathBuf::from("/var/lib/understudy");
+    match Importer::new(None, config.run_dir.clone(), state_dir, import::boot_time()) {
+        Ok(importer) => Some(importer),
+        Err(error) => {
+            warning!("this clone cannot import: {error}");
+            None
         }
     }
 }

@@ -1,0 +1,139 @@
+//! Metadata of a path: read on the guest, applied on the clone.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use rustix::fs::{AtFlags, Statx, Timespec, Timestamps, XattrFlags};
+use rustix::io::Errno;
+use understudy_channel::Meta;
+
+use crate::sys::handle::{self, Handle};
+use crate::view::c_string;
+
+/// A name in an open directory. The empty name is the directory itself.
+#[derive(Clone, Copy, Debug)]
+pub struct Named<'a> {
+    /// The directory, `O_PATH` is enough.
+    pub folder: BorrowedFd<'a>,
+    /// The last component.
+    pub name: &'a [u8],
+}
+
+impl Named<'_> {
+    /// The name for the kernel; `.` for the directory itself.
+    pub fn c_name(&self) -> io::Result<CString> {
+        c_string(if self.name.is_empty() { b"." } else { self.name })
+    }
+
+    /// A path for calls that know no directory descriptors.
+    fn path(&self) -> io::Result<CString> {
+        let mut path = format!("/proc/self/fd/{}/", self.folder.as_raw_fd()).into_bytes();
+        path.extend_from_slice(self.c_name()?.as_bytes());
+        c_string(&path)
+    }
+
+    /// Its file handle.
+    pub fn handle(&self) -> io::Result<Handle> {
+        handle::handle_of(self.folder, &self.c_name()?)
+    }
+}
+
+/// Metadata of `named`, whose state is `stat`.
+pub fn read(named: Named<'_>, stat: &Statx) -> io::Result<Meta> {
+    let handle = named.handle()?;
+    Ok(Meta {
+        mode: stat.stx_mode.into(),
+        uid: stat.stx_uid,
+        gid: stat.stx_gid,
+        mtime: (stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec),
+        atime: (stat.stx_atime.tv_sec, stat.stx_atime.tv_nsec),
+        nlink: stat.stx_nlink,
+        ino: stat.stx_ino,
+        handle: (handle.kind, handle.bytes),
+        xattrs: xattrs(named)?,
+    })
+}
+
+/// All extended attributes, sorted by name; none where the file system has none.
+pub fn xattrs(named: Named<'_>) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    let path = named.path()?;
+    let list = match sized(|buffer| rustix::fs::llistxattr(&path, buffer)) {
+        Ok(list) => list,
+        Err(Errno::OPNOTSUPP) => return Ok(Vec::new()),
+        Err(error) => return Err(error.into()),
+    };
+    let mut found = Vec::new();
+    for name in list.split(|&b| b == 0).filter(|n| !n.is_empty()) {
+        let c_name = c_string(name)?;
+        match sized(|buffer| rustix::fs::lgetxattr(&path, &c_name, buffer)) {
+            Ok(value) => found.push((name.to_vec(), value)),
+            // It went away in between.
+            Err(Errno::NODATA) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Calls with a buffer that is large enough for any attribute (64 KiB).
+fn sized(call: impl FnOnce(&mut [u8]) -> Result<usize, Errno>) -> Result<Vec<u8>, Errno> {
+    let mut buffer = vec![0u8; 64 * 1024];
+    let length = call(&mut buffer[..])?;
+    buffer.truncate(length);
+    Ok(buffer)
+}
+
+/// Gives `named` this metadata. Owner first, because a change of owner takes set-user-id bits and
+/// capabilities away; times last, because all else renews them.
+pub fn apply(named: Named<'_>, meta: &Meta) -> io::Result<()> {
+    let name = named.c_name()?;
+    let owner = rustix::process::Uid::from_raw(meta.uid);
+    let group = rustix::process::Gid::from_raw(meta.gid);
+    rustix::fs::chownat(
+        named.folder,
+        &name,
+        Some(owner),
+        Some(group),
+        AtFlags::SYMLINK_NOFOLLOW,
+    )?;
+    if meta.mode & libc::S_IFMT != libc::S_IFLNK {
+        let mode = rustix::fs::Mode::from_raw_mode(meta.mode & 0o7777);
+        rustix::fs::chmodat(named.folder, &name, mode, AtFlags::empty())?;
+    }
+    apply_xattrs(named, &meta.xattrs)?;
+    set_times(named, meta.atime, meta.mtime)
+}
+
+/// Sets access and modification time.
+pub fn set_times(named: Named<'_>, atime: (i64, u32), mtime: (i64, u32)) -> io::Result<()> {
+    let spec = |(seconds, nanoseconds): (i64, u32)| Timespec {
+        tv_sec: seconds,
+        tv_nsec: nanoseconds.into(),
+    };
+    let times = Timestamps {
+        last_access: spec(atime),
+        last_modification: spec(mtime),
+    };
+    rustix::fs::utimensat(named.folder, &named.c_name()?, &times, AtFlags::SYMLINK_NOFOLLOW)?;
+    Ok(())
+}
+
+fn apply_xattrs(named: Named<'_>, wanted: &[(Vec<u8>, Vec<u8>)]) -> io::Result<()> {
+    let present = xattrs(named)?;
+    let path = named.path()?;
+    for (name, _) in present
+        .iter()
+        .filter(|(name, _)| !wanted.iter().any(|(w, _)| w == name))
+    {
+        match rustix::fs::lremovexattr(&path, &c_string(name)?) {
+            Ok(()) | Err(Errno::NODATA) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    for attribute in wanted.iter().filter(|w| !present.contains(w)) {
+        rustix::fs::lsetxattr(&path, &c_string(&attribute.0)?, &attribute.1, XattrFlags::empty())?;
+    }
+    Ok(())
+}
