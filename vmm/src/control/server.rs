@@ -106,7 +106,9 @@ fn converse(stream: UnixStream, supervisor: &Supervisor) {
                 "control request refused"
             );
         }
-        if connection.answer(status, &body, request.keep_alive).is_err() || !request.keep_alive {
+        let answered = connection.answer(status, &body, request.keep_alive);
+        supervisor.stop_if_asked();
+        if answered.is_err() || !request.keep_alive {
             return;
         }
     }

@@ -11,6 +11,7 @@ mod operations;
 pub mod validate;
 
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -89,6 +90,7 @@ pub struct Supervisor {
     events: Sender<Event>,
     inner: Mutex<Inner>,
     lease_changed: Condvar,
+    stop_asked: AtomicBool,
 }
 
 struct Inner {
@@ -171,6 +173,7 @@ impl Supervisor {
                 exit_reason: None,
             }),
             lease_changed: Condvar::new(),
+            stop_asked: AtomicBool::new(false),
             config,
         });
         Ok((supervisor, receiver))

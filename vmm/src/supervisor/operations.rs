@@ -1,6 +1,7 @@
 //! What the control API asks. Every operation is idempotent, refuses what does not fit the state, and
 //! leaves the guest as it was when it fails.
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use understudy_vmm_control::api::{
@@ -92,11 +93,18 @@ impl Supervisor {
         }
     }
 
-    /// Ends the process, after this was answered.
+    /// Has the process end once this is answered: see [`Supervisor::stop_if_asked`].
     pub fn stop(&self) -> Result<(), OperationError> {
-        self.events
-            .send(Event::Stop)
-            .map_err(|_| failed("the process is ending already"))
+        self.stop_asked.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Ends the process if a stop was asked. Called after each answer, so that whoever asks learns that it
+    /// was heard.
+    pub fn stop_if_asked(&self) {
+        if self.stop_asked.load(Ordering::Acquire) && self.events.send(Event::Stop).is_err() {
+            tracing::debug!("the process is ending already");
+        }
     }
 
     /// Closes gates for the time of a lease.
