@@ -97,18 +97,29 @@ impl Owner {
                 });
             }
         };
+        Self::parse(&path, &text).map(Some)
+    }
+
+    /// Reads the content of the file at `path`.
+    pub fn parse(path: &Path, text: &[u8]) -> Result<Owner, OwnerError> {
         let damaged = |reason: String| OwnerError::Damaged {
-            path: path.clone(),
+            path: path.to_owned(),
             reason,
         };
-        let owner: Owner = serde_json::from_slice(&text).map_err(|e| damaged(e.to_string()))?;
+        let owner: Owner = serde_json::from_slice(text).map_err(|e| damaged(e.to_string()))?;
         if owner.version != OWNER_VERSION {
             return Err(damaged(format!(
                 "version {} where {OWNER_VERSION} is known",
                 owner.version
             )));
         }
-        Ok(Some(owner))
+        Ok(owner)
+    }
+
+    /// The content of the file.
+    pub fn encode(&self) -> Vec<u8> {
+        // Three numbers and a UUID, with string keys: there is nothing that JSON could not say.
+        serde_json::to_vec_pretty(self).unwrap_or_default()
     }
 
     /// Replaces `owner.json` durably: when this returns, the new content survives a power cut; when it
@@ -120,7 +131,7 @@ impl Owner {
             move |source| OwnerError::Io { action, path, source }
         };
         let temporary = state_dir.join("owner.json.new");
-        let text = serde_json::to_vec_pretty(self).map_err(|e| io("encoding")(io::Error::other(e)))?;
+        let text = self.encode();
         let mut file = File::create(&temporary).map_err(io("creating a replacement of"))?;
         file.write_all(&text).map_err(io("writing a replacement of"))?;
         file.sync_all().map_err(io("syncing a replacement of"))?;

@@ -1,51 +1,95 @@
-//! One disk of a guest: reads, writes and flushes of the chain.
+//! One disk of a guest: its chain, shared by the block device, the control API and merging.
 
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use understudy_vmm_control::api::DiskInfo;
 use understudy_vmm_control::config::{self, Role};
+use understudy_vmm_control::owner::{Owner, OwnerError};
+use uuid::Uuid;
 
+use super::chain::{Chain, FlushPlan};
 use super::error::DiskError;
+use super::layer::{self, Layer};
+use super::map;
+use super::merge::Merge;
 use super::source::Source;
+use super::split::Splits;
 use super::storage::{Access, Directory, HostDirectory, Lock};
 use crate::virtio::buffers::Buffers;
 
+/// Most layers above a source; more would be a mistake.
+const MAX_LAYERS: usize = 16;
+
 /// A disk as one VMM has it open. Shared by the block device, the control API and merging.
 pub struct Disk {
-    name: String,
+    pub(super) name: String,
     size: u64,
-    read_only: bool,
+    pub(super) read_only: bool,
     full: AtomicBool,
-    source: Mutex<Source>,
+    pub(super) directory: Box<dyn Directory>,
+    chain: Mutex<Chain>,
+    /// One flush at a time: each page of the map has one write in flight at most, and whoever flushes waits
+    /// for what another one has begun.
+    flushing: Mutex<()>,
+    /// Requests of the guest that wait for the chain; merging lets them go first.
+    waiting: AtomicUsize,
+    /// Held by whoever splits or merges.
+    control: Mutex<Control>,
+    pub(super) merge: Merge,
+}
+
+/// State of the control API's operations on a disk.
+#[derive(Default)]
+pub(super) struct Control {
+    pub(super) splits: Splits,
 }
 
 impl Disk {
-    /// Opens the disk of `config`; a writable one is locked against other VMMs, and a write session
-    /// begins.
-    pub fn open(config: &config::Disk, _role: Role) -> Result<Arc<Disk>, DiskError> {
-        Self::open_in(config, Box::new(HostDirectory::new(&config.source)))
+    /// Opens the disk of `config` with the chain whose top it names; where it names none, with the one that
+    /// `owner.json` beside the source names. A writable disk is locked against other VMMs, and a write
+    /// session begins.
+    pub fn open(config: &config::Disk, role: Role) -> Result<Arc<Disk>, DiskError> {
+        Self::open_in(config, role, Box::new(HostDirectory::new(&config.source)))
     }
 
-    fn open_in(config: &config::Disk, directory: Box<dyn Directory>) -> Result<Arc<Disk>, DiskError> {
-        let directory = directory.as_ref();
-        let (access, lock) = match config.read_only {
-            true => (Access::Read, Lock::Shared),
-            false => (Access::Write, Lock::Exclusive),
-        };
-        let mut source = Source::open(directory, access)?;
-        source.lock(directory, lock)?;
-        if !config.read_only {
-            source.begin_session(directory, None, false)?;
+    pub(super) fn open_in(
+        config: &config::Disk,
+        role: Role,
+        directory: Box<dyn Directory>,
+    ) -> Result<Arc<Disk>, DiskError> {
+        if role == Role::Clone && !config.read_only && config.layer.is_none() {
+            return Err(DiskError::Conflict {
+                disk: config.name.clone(),
+                reason:
+                    "a clone writes to a layer of its own; set `layer` to the one that prepare-split made"
+                        .into(),
+            });
         }
+        let owner = read_owner(directory.as_ref())?;
+        let top = match config.layer {
+            Some(layer) => Some(layer),
+            None => owner.as_ref().and_then(|owner| owner.layer),
+        };
+        let how = Opening {
+            owned: owner.is_some(),
+            read_only: config.read_only,
+            role,
+        };
+        let chain = open_chain(directory.as_ref(), top, &how)?;
         Ok(Arc::new(Disk {
             name: config.name.clone(),
-            size: source.size,
+            size: chain.size,
             read_only: config.read_only,
             full: AtomicBool::new(false),
-            source: Mutex::new(source),
+            directory,
+            chain: Mutex::new(chain),
+            flushing: Mutex::new(()),
+            waiting: AtomicUsize::new(0),
+            control: Mutex::default(),
+            merge: Merge::default(),
         }))
     }
 
@@ -75,18 +119,47 @@ impl Disk {
 
     /// The disk for the control API.
     pub fn info(&self) -> DiskInfo {
+        let chain = self.chain();
         DiskInfo {
             name: self.name.clone(),
             size: self.size,
-            layers: Vec::new(),
-            session: self.lock().record.session,
-            merge: None,
+            layers: chain.layers.iter().map(Layer::uuid).collect(),
+            session: chain
+                .layers
+                .first()
+                .map_or(chain.source.record.session, |top| top.header.session),
+            merge: self.merge.info(chain.bytes_in_layers()),
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Source> {
+    /// The chain, for those who are not the guest.
+    pub(super) fn chain(&self) -> MutexGuard<'_, Chain> {
         // No operation leaves the chain half changed, so a panic elsewhere does not spoil it.
-        self.source.lock().unwrap_or_else(PoisonError::into_inner)
+        self.chain.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The chain for a request of the guest, which others let go first.
+    fn guest_chain(&self) -> MutexGuard<'_, Chain> {
+        self.waiting.fetch_add(1, Ordering::AcqRel);
+        let chain = self.chain();
+        self.waiting.fetch_sub(1, Ordering::AcqRel);
+        chain
+    }
+
+    /// Whether a request of the guest waits for the chain.
+    pub(super) fn guest_waits(&self) -> bool {
+        self.waiting.load(Ordering::Acquire) > 0
+    }
+
+    pub(super) fn control(&self) -> MutexGuard<'_, Control> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn conflict(&self, reason: impl Into<String>) -> DiskError {
+        DiskError::Conflict {
+            disk: self.name.clone(),
+            reason: reason.into(),
+        }
     }
 
     /// Refuses what lies beyond the end.
@@ -116,10 +189,10 @@ impl Disk {
     /// Fills `buffers` with what the guest sees at `offset`.
     pub(crate) fn read(&self, buffers: &Buffers<'_>, offset: u64) -> io::Result<()> {
         self.check(offset, buffers.len())?;
-        self.lock().storage.read(buffers, offset)
+        self.guest_chain().read(buffers, offset)
     }
 
-    /// Fills `buffer` with what the guest sees at `offset` (a multiple of nothing in particular).
+    /// Fills `buffer` with what the guest sees at `offset`.
     pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.read(&Buffers::from_slice(buffer), offset)
     }
@@ -127,26 +200,221 @@ impl Disk {
     /// Writes `buffers` at `offset`; durable after the next [`Disk::flush`].
     pub(crate) fn write(&self, buffers: &Buffers<'_>, offset: u64) -> io::Result<()> {
         self.check_write(offset, buffers.len())?;
-        self.lock().storage.write(buffers, offset)
+        self.guest_chain().write(buffers, offset)
     }
 
     /// Makes the range read as zeros and gives its space back; durable after the next [`Disk::flush`].
     pub(crate) fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
         self.check_write(offset, len)?;
-        self.lock().storage.zero(offset, len)
+        self.guest_chain().zero(offset, len)
     }
 
-    /// Makes completed writes durable.
+    /// Makes completed writes durable. Other requests go on meanwhile.
     pub fn flush(&self) -> io::Result<()> {
         if self.read_only {
             return Ok(());
         }
-        let storage = self.lock().storage.clone();
-        storage.sync()
+        let _one_at_a_time = self.flushing.lock().unwrap_or_else(PoisonError::into_inner);
+        let plan = self.chain().flush_plan();
+        let result = carry_out(&plan);
+        self.chain().flushed(&plan, result.is_ok());
+        result
+    }
+
+    /// As [`Disk::flush`], with all requests waiting, and then runs `then` before they go on.
+    pub(super) fn flush_and(&self, then: impl FnOnce(&mut Chain)) -> io::Result<()> {
+        let _one_at_a_time = self.flushing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut chain = self.chain();
+        let plan = chain.flush_plan();
+        let result = carry_out(&plan);
+        chain.flushed(&plan, result.is_ok());
+        result.map(|()| then(&mut chain))
     }
 
     /// Path of the source of a disk with this configuration, for messages.
     pub fn source_of(config: &config::Disk) -> &Path {
         &config.source
+    }
+}
+
+/// Syncs and writes what a flush has to, in its order.
+fn carry_out(plan: &FlushPlan) -> io::Result<()> {
+    plan.data.iter().try_for_each(|data| data.sync())?;
+    match &plan.map {
+        Some((storage, uuid, pages)) => map::write_pages(storage.as_ref(), *uuid, pages),
+        None => Ok(()),
+    }
+}
+
+/// Reads `owner.json`.
+pub(super) fn read_owner(directory: &dyn Directory) -> Result<Option<Owner>, DiskError> {
+    let path = directory.path("owner.json");
+    let text = directory
+        .read("owner.json")
+        .map_err(DiskError::io("reading", path.clone()))?;
+    text.map(|text| Owner::parse(&path, &text))
+        .transpose()
+        .map_err(|error| match error {
+            OwnerError::Io { action, path, source } => DiskError::Io { action, path, source },
+            OwnerError::Damaged { path, reason } => DiskError::Damaged { path, reason },
+        })
+}
+
+/// How a chain is opened.
+struct Opening {
+    /// There is an `owner.json`.
+    owned: bool,
+    read_only: bool,
+    role: Role,
+}
+
+/// Opens and locks the chain from its top down, and checks that it belongs together.
+fn open_chain(directory: &dyn Directory, top: Option<Uuid>, how: &Opening) -> Result<Chain, DiskError> {
+    let (access, top_lock) = match how.read_only {
+        true => (Access::Read, Lock::Shared),
+        false => (Access::Write, Lock::Exclusive),
+    };
+    let mut layers: Vec<Layer> = Vec::new();
+    let mut next = top;
+    while let Some(uuid) = next {
+        let above = layers.last();
+        let layer = Layer::open(directory, uuid, access).map_err(|error| missing(error, directory, uuid))?;
+        if layers.len() >= MAX_LAYERS || layers.iter().any(|layer| layer.uuid() == uuid) {
+            return Err(stale(
+                directory,
+                uuid,
+                "the chain of its layers has no end".into(),
+            ));
+        }
+        match above {
+            None => layer.lock(directory, top_lock)?,
+            Some(above) => {
+                layer.lock(directory, Lock::Shared)?;
+                if layer.header.session != above.header.parent_session
+                    || layer.header.size != above.header.size
+                {
+                    let reason = format!(
+                        "layer {} was made upon session {} of it with {} bytes, and it is at session {} with {}",
+                        above.uuid(),
+                        above.header.parent_session,
+                        above.header.size,
+                        layer.header.session,
+                        layer.header.size
+                    );
+                    return Err(stale(directory, uuid, reason));
+                }
+            }
+        }
+        next = layer.header.parent;
+        layers.push(layer);
+    }
+    let mut source = Source::open(directory, access)?;
+    let lock = if layers.is_empty() { top_lock } else { Lock::Shared };
+    source.lock(directory, lock)?;
+    check_source(directory, &source, layers.last(), how.owned)?;
+    if !how.read_only {
+        if how.role == Role::Active {
+            remove_merged(directory, &mut source, &layers);
+        }
+        match layers.first_mut() {
+            Some(top) => top.begin_session(directory)?,
+            None => source.begin_session(directory, None, false)?,
+        }
+    }
+    Ok(Chain::new(layers, source))
+}
+
+/// Whether the source is what the chain above it was made upon.
+fn check_source(
+    directory: &dyn Directory,
+    source: &Source,
+    lowest: Option<&Layer>,
+    owned: bool,
+) -> Result<(), DiskError> {
+    let record = &source.record;
+    let path = directory.source_path();
+    match lowest {
+        Some(layer) => {
+            if layer.header.size != source.size {
+                return Err(DiskError::StaleRoot {
+                    path,
+                    reason: format!(
+                        "it has {} bytes, the layers above it {}",
+                        source.size, layer.header.size
+                    ),
+                    advice: "give it back its size, and change it only when the layers are merged",
+                });
+            }
+            if record.merging == Some(layer.uuid()) || record.session == layer.header.parent_session {
+                return Ok(());
+            }
+            Err(DiskError::StaleRoot {
+                path,
+                reason: format!(
+                    "layer {} was made upon session {} of it, and it is at session {}: it was written since",
+                    layer.uuid(),
+                    layer.header.parent_session,
+                    record.session
+                ),
+                advice: "use the layer that owner.json names, or remove this one, which is of no use any more",
+            })
+        }
+        None => {
+            if let Some(merging) = record.merging
+                && layer::holds_data(directory, merging)?
+            {
+                return Err(DiskError::StaleRoot {
+                    path,
+                    reason: format!("layer {merging} is partly merged into it"),
+                    advice: "the guest's disk is that layer: restore owner.json, which names it",
+                });
+            }
+            if record.layered && !owned {
+                return Err(DiskError::StaleRoot {
+                    path,
+                    reason: "layers were made above it and there is no owner.json to tell which is current"
+                        .into(),
+                    advice: "restore owner.json in its state directory from a backup",
+                });
+            }
+            Ok(())
+        }
+    }
+}
+
+fn stale(directory: &dyn Directory, uuid: Uuid, reason: String) -> DiskError {
+    DiskError::StaleRoot {
+        path: directory.path(&format!("{uuid}.layer")),
+        reason,
+        advice: "restore the state directory as a whole, or name the layer that owner.json names",
+    }
+}
+
+/// A layer that is not there is a chain that is torn.
+fn missing(error: DiskError, directory: &dyn Directory, uuid: Uuid) -> DiskError {
+    match error {
+        DiskError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => stale(
+            directory,
+            uuid,
+            "it does not exist, and holds part of the disk".into(),
+        ),
+        error => error,
+    }
+}
+
+/// Removes what is left of a layer whose merge was complete but for its removal.
+fn remove_merged(directory: &dyn Directory, source: &mut Source, layers: &[Layer]) {
+    let Some(merged) = source.record.merging else {
+        return;
+    };
+    if layers.iter().any(|layer| layer.uuid() == merged) {
+        return;
+    }
+    let mut record = source.record.clone();
+    record.merging = None;
+    record.layered = !layers.is_empty();
+    let removed = layer::remove(directory, merged).and_then(|()| source.store(directory, record));
+    if let Err(error) = removed {
+        tracing::warn!(%error, "cannot remove a layer that was merged");
     }
 }

@@ -3,12 +3,17 @@
 //! A [`Disk`] is the raw file that the user named with a chain of layers above it; a [`BlockDevice`]
 //! shows it to the guest.
 
+mod chain;
 mod device;
 mod disk;
 mod error;
+mod layer;
+mod map;
+mod map_format;
+mod merge;
 mod request;
 mod source;
-#[allow(dead_code)] // Used by the layers, which land next.
+mod split;
 mod storage;
 
 pub use device::BlockDevice;
@@ -21,3 +26,8 @@ pub const SECTOR: u64 = 512;
 
 /// Unit of layers: states are kept for blocks of this size.
 pub const BLOCK: u64 = 4096;
+
+#[cfg(test)]
+mod disk_test;
+#[cfg(test)]
+mod sim;

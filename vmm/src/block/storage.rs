@@ -43,10 +43,6 @@ pub(crate) trait Storage: Send + Sync {
     fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>>;
     /// Takes or converts this file's lock; `WouldBlock` when somebody else is in the way.
     fn lock(&self, lock: Lock) -> io::Result<()>;
-    /// The descriptor, for those who poll or ask for more than this trait has.
-    fn file(&self) -> Option<&File> {
-        None
-    }
 }
 
 /// A disk's source file and its state directory.
@@ -234,10 +230,6 @@ impl Storage for HostFile {
         };
         // SAFETY: flock takes no pointers; the descriptor is open.
         check_int(unsafe { libc::flock(self.0.as_raw_fd(), operation | libc::LOCK_NB) })
-    }
-
-    fn file(&self) -> Option<&File> {
-        Some(&self.0)
     }
 }
 

@@ -1,0 +1,630 @@
+//! Disks against a model, with crashes at any point.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use understudy_vmm_control::config::{self, DiskRole, Role};
+use understudy_vmm_control::owner::{OWNER_VERSION, Owner};
+use uuid::Uuid;
+
+use super::disk::Disk;
+use super::error::DiskError;
+use super::map_format::BLOCKS_PER_PAGE;
+use super::merge::{Merger, Step};
+use super::sim::Sim;
+use crate::virtio::buffers::Buffers;
+
+/// Blocks that tests touch: the first, those around the border of two map pages, the last, cut off one.
+const WINDOWS: [(u64, u64); 3] = [
+    (0, 12 * 8),
+    ((BLOCKS_PER_PAGE - 6) * 8, 12 * 8),
+    ((BLOCKS_PER_PAGE + 200) * 8, 3 * 8 + 5),
+];
+
+/// Size of the disk in bytes.
+const SIZE: u64 = ((BLOCKS_PER_PAGE + 200) * 8 + 3 * 8 + 5) * 512;
+
+/// What a sector may hold: the value that was durable last, and all that was written since.
+#[derive(Clone, Debug, Default)]
+struct Cell {
+    flushed: u64,
+    written: Vec<u64>,
+    /// A write failed, so that each of `written` may be there.
+    uncertain: bool,
+}
+
+impl Cell {
+    fn current(&self) -> u64 {
+        self.written.last().copied().unwrap_or(self.flushed)
+    }
+}
+
+struct World {
+    sim: Sim,
+    disk: Option<Arc<Disk>>,
+    cells: BTreeMap<u64, Cell>,
+    tag: u64,
+    layers: u128,
+    /// The clone's layer and what it must read.
+    clone: Option<(Uuid, BTreeMap<u64, u64>)>,
+}
+
+fn disk_config(layer: Option<Uuid>) -> config::Disk {
+    config::Disk {
+        name: "root".into(),
+        role: DiskRole::Root,
+        source: "sim.raw".into(),
+        read_only: false,
+        layer,
+    }
+}
+
+fn sectors() -> impl Iterator<Item = u64> {
+    WINDOWS.into_iter().flat_map(|(start, len)| start..start + len)
+}
+
+fn content(tag: u64) -> [u8; 512] {
+    let mut bytes = [0; 512];
+    for chunk in bytes.chunks_mut(8) {
+        chunk.copy_from_slice(&tag.to_le_bytes());
+    }
+    bytes
+}
+
+fn read_tag(disk: &Disk, sector: u64) -> u64 {
+    let mut bytes = [0xee; 512];
+    disk.read_at(&mut bytes, sector * 512).unwrap();
+    let tag = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+    assert_eq!(
+        bytes,
+        content(tag),
+        "sector {sector} is mixed from several writes"
+    );
+    tag
+}
+
+impl World {
+    fn new(seed: u64) -> World {
+        let mut world = World {
+            sim: Sim::new(SIZE, seed),
+            disk: None,
+            cells: sectors().map(|sector| (sector, Cell::default())).collect(),
+            tag: 0,
+            layers: 0,
+            clone: None,
+        };
+        world.own(None);
+        world.open();
+        world
+    }
+
+    /// Writes `owner.json` as the VMM does.
+    fn own(&self, layer: Option<Uuid>) {
+        let owner = Owner {
+            version: OWNER_VERSION,
+            epoch: 1,
+            incarnation: 1,
+            layer,
+        };
+        // Where the process has died this fails, and the old one stays.
+        let _ = self.sim.directory().replace("owner.json", &owner.encode());
+    }
+
+    fn open(&mut self) {
+        self.disk = Some(Disk::open_in(&disk_config(None), Role::Active, self.sim.directory()).unwrap());
+    }
+
+    fn disk(&self) -> Arc<Disk> {
+        self.disk.clone().unwrap()
+    }
+
+    /// Loses power and opens the disk again: everything that was flushed is there, and nothing that was
+    /// never written.
+    fn crash(&mut self) {
+        self.disk = None;
+        self.sim.crash();
+        self.open();
+        let disk = self.disk();
+        for (&sector, cell) in &mut self.cells {
+            let tag = read_tag(&disk, sector);
+            assert!(
+                tag == cell.flushed || cell.written.contains(&tag),
+                "sector {sector} reads {tag}: flushed {}, since then {:?}",
+                cell.flushed,
+                cell.written
+            );
+            *cell = Cell {
+                flushed: tag,
+                ..Cell::default()
+            };
+        }
+        self.check_clone();
+    }
+
+    /// Everything reads as it was written.
+    fn check(&mut self) {
+        let disk = self.disk();
+        for (&sector, cell) in &mut self.cells {
+            let tag = read_tag(&disk, sector);
+            if cell.uncertain {
+                assert!(tag == cell.flushed || cell.written.contains(&tag));
+                cell.written.push(tag);
+                cell.uncertain = false;
+            } else {
+                assert_eq!(tag, cell.current(), "sector {sector}");
+            }
+        }
+    }
+
+    /// The clone reads what there was at the split, or is told that it is stale.
+    fn check_clone(&self) {
+        let Some((layer, expected)) = &self.clone else {
+            return;
+        };
+        let open = || Disk::open_in(&disk_config(Some(*layer)), Role::Clone, self.sim.directory());
+        match self.sim.in_peace(open) {
+            Ok(clone) => {
+                for (&sector, &tag) in expected {
+                    assert_eq!(read_tag(&clone, sector), tag, "sector {sector} of the clone");
+                }
+            }
+            Err(DiskError::StaleRoot { .. }) => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// After an operation that was refused or failed: was it the end of this life?
+    fn survived(&mut self) -> bool {
+        if self.sim.is_dead() {
+            self.crash();
+            return false;
+        }
+        true
+    }
+
+    fn write(&mut self, window: usize, start: u64, len: u64, zero: bool) {
+        let (first, count) = WINDOWS[window];
+        let start = first + start % count;
+        let len = len.clamp(1, first + count - start);
+        self.tag += 1;
+        let tag = if zero { 0 } else { self.tag };
+        let disk = self.disk();
+        let result = if zero {
+            disk.zero(start * 512, len * 512)
+        } else {
+            let mut bytes = content(tag).repeat(len as usize);
+            disk.write(&Buffers::from_slice(&mut bytes), start * 512)
+        };
+        for sector in start..start + len {
+            let cell = self.cells.get_mut(&sector).unwrap();
+            let current = cell.current();
+            if result.is_err() {
+                cell.written.push(current);
+                cell.uncertain = true;
+            }
+            cell.written.push(tag);
+        }
+        if result.is_err() {
+            self.survived();
+        }
+    }
+
+    fn flush(&mut self) {
+        match self.disk().flush() {
+            Ok(()) => self.note_flushed(),
+            Err(_) => {
+                self.survived();
+            }
+        }
+    }
+
+    fn note_flushed(&mut self) {
+        for cell in self.cells.values_mut() {
+            if cell.uncertain {
+                continue;
+            }
+            *cell = Cell {
+                flushed: cell.current(),
+                ..Cell::default()
+            };
+        }
+    }
+
+    fn split(&mut self) {
+        self.check();
+        self.layers += 2;
+        let (guest, clone) = (Uuid::from_u128(self.layers), Uuid::from_u128(self.layers + 1));
+        let disk = self.disk();
+        if disk.info().layers.len() > 6 {
+            return;
+        }
+        // A clone of an earlier split that was given up is of no interest any more.
+        self.clone = None;
+        if disk.prepare_split(guest, clone).is_err() {
+            self.survived();
+            return;
+        }
+        disk.prepare_split(guest, clone).unwrap();
+        self.own(Some(guest));
+        if self.sim.is_dead() {
+            return self.crash();
+        }
+        match disk.split(guest) {
+            Ok(report) => {
+                self.note_flushed();
+                let expected = self.cells.iter().map(|(&sector, cell)| (sector, cell.current()));
+                self.clone = Some((clone, expected.collect()));
+                assert_eq!(disk.info().layers[0], guest);
+                assert_eq!(disk.split(guest).unwrap(), report);
+                self.check_clone();
+            }
+            Err(_) => {
+                self.survived();
+            }
+        }
+    }
+
+    fn merge(&mut self, steps: u32, writes: &[(usize, u64, u64, bool)]) {
+        let disk = self.disk();
+        let mut merger = Merger::new(&disk);
+        let mut writes = writes.iter();
+        for _ in 0..steps {
+            match merger.step() {
+                Ok(Step::More) => {
+                    if let Some(&(window, start, len, zero)) = writes.next() {
+                        self.write(window, start, len, zero);
+                        if !Arc::ptr_eq(&disk, &self.disk()) {
+                            return;
+                        }
+                    }
+                }
+                Ok(Step::Done) => {
+                    assert!(disk.info().layers.is_empty());
+                    let owner = Owner::parse(
+                        "x".as_ref(),
+                        &self.sim.directory().read("owner.json").unwrap().unwrap(),
+                    );
+                    assert_eq!(owner.unwrap().layer, None);
+                    break;
+                }
+                Err(_) => {
+                    if !self.survived() {
+                        return;
+                    }
+                    break;
+                }
+            }
+        }
+        merger.stop();
+        self.check();
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Write(usize, u64, u64, bool),
+    Flush,
+    Split,
+    Merge(u32, Vec<(usize, u64, u64, bool)>),
+    Crash,
+    Reopen,
+    Fuse(u64),
+    Full(u64),
+    Check,
+}
+
+fn a_write() -> impl Strategy<Value = (usize, u64, u64, bool)> {
+    let len = prop_oneof![3 => 1u64..20, 2 => (1u64..6).prop_map(|blocks| blocks * 8)];
+    let start = prop_oneof![1 => 0u64..96, 1 => (0u64..12).prop_map(|block| block * 8)];
+    (0usize..3, start, len, prop::bool::weighted(0.25))
+}
+
+fn an_op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        10 => a_write().prop_map(|(window, start, len, zero)| Op::Write(window, start, len, zero)),
+        4 => Just(Op::Flush),
+        3 => Just(Op::Split),
+        4 => (1u32..20, prop::collection::vec(a_write(), 0..10)).prop_map(|(steps, writes)| Op::Merge(steps, writes)),
+        1 => Just(Op::Crash),
+        1 => Just(Op::Reopen),
+        3 => (0u64..25).prop_map(Op::Fuse),
+        1 => (0u64..10).prop_map(Op::Full),
+        1 => Just(Op::Check),
+    ]
+}
+
+fn cases() -> u32 {
+    std::env::var("UNDERSTUDY_DISK_CASES")
+        .ok()
+        .and_then(|cases| cases.parse().ok())
+        .unwrap_or(300)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: cases(), max_shrink_iters: 20_000, ..ProptestConfig::default() })]
+
+    /// What was flushed is read back, whatever was written, split, merged, refused and cut short.
+    #[test]
+    fn no_flushed_data_are_lost_at_any_crash(
+        seed in any::<u64>(),
+        ops in prop::collection::vec(an_op(), 1..60),
+    ) {
+        let mut world = World::new(seed);
+        for op in ops {
+            match op {
+                Op::Write(window, start, len, zero) => world.write(window, start, len, zero),
+                Op::Flush => world.flush(),
+                Op::Split => world.split(),
+                Op::Merge(steps, writes) => world.merge(steps, &writes),
+                Op::Crash => world.crash(),
+                Op::Reopen => {
+                    world.check();
+                    world.flush();
+                    world.disk = None;
+                    world.crash();
+                }
+                Op::Fuse(operations) => world.sim.set_fuse(operations),
+                Op::Full(writes) => world.sim.set_full_in(writes),
+                Op::Check => world.check(),
+            }
+            if world.sim.is_dead() {
+                world.crash();
+            }
+        }
+        world.crash();
+        world.merge(10_000, &[]);
+        let disk = world.disk();
+        prop_assert!(disk.info().layers.is_empty());
+        world.check();
+    }
+}
+
+/// A real disk of `size` bytes in a directory of its own, with an `owner.json`.
+struct Real {
+    _dir: tempfile::TempDir,
+    config: config::Disk,
+    state: std::path::PathBuf,
+}
+
+impl Real {
+    fn new(size: u64) -> Real {
+        let dir = tempfile::tempdir().unwrap();
+        let source = dir.path().join("disk.raw");
+        std::fs::File::create(&source).unwrap().set_len(size).unwrap();
+        let real = Real {
+            config: config::Disk {
+                source: source.clone(),
+                ..disk_config(None)
+            },
+            state: understudy_vmm_control::owner::state_dir(&source),
+            _dir: dir,
+        };
+        std::fs::create_dir(&real.state).unwrap();
+        real.own(None);
+        real
+    }
+
+    fn own(&self, layer: Option<Uuid>) {
+        let owner = Owner {
+            version: OWNER_VERSION,
+            epoch: 1,
+            incarnation: 1,
+            layer,
+        };
+        owner.replace(&self.state).unwrap();
+    }
+
+    fn open(&self) -> Result<Arc<Disk>, DiskError> {
+        Disk::open(&self.config, Role::Active)
+    }
+
+    fn open_clone(&self, layer: Uuid) -> Result<Arc<Disk>, DiskError> {
+        let config = config::Disk {
+            layer: Some(layer),
+            ..self.config.clone()
+        };
+        Disk::open(&config, Role::Clone)
+    }
+
+    /// Splits as the VMM does; returns the clone's layer.
+    fn split(&self, disk: &Disk) -> Uuid {
+        let (guest, clone) = (Uuid::new_v4(), Uuid::new_v4());
+        disk.prepare_split(guest, clone).unwrap();
+        self.own(Some(guest));
+        disk.split(guest).unwrap();
+        clone
+    }
+}
+
+fn put(disk: &Disk, offset: u64, byte: u8, len: usize) {
+    let mut bytes = vec![byte; len];
+    disk.write(&Buffers::from_slice(&mut bytes), offset).unwrap();
+}
+
+fn at(disk: &Disk, offset: u64) -> u8 {
+    let mut byte = [0];
+    disk.read_at(&mut byte, offset).unwrap();
+    byte[0]
+}
+
+fn wait_for_merge(disk: &Disk) {
+    let deadline = std::time::Instant::now() + crate::virtio::testing::SOON;
+    while let Some(merge) = disk.info().merge {
+        assert_eq!(merge.error, None);
+        assert!(std::time::Instant::now() < deadline, "{merge:?}");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn guest_and_clone_part_at_the_split_and_a_merge_makes_the_file_the_disk_again() {
+    let real = Real::new(64 << 20);
+    let disk = real.open().unwrap();
+    put(&disk, 0, 1, 100_000);
+    let clone_layer = real.split(&disk);
+    let clone = real.open_clone(clone_layer).unwrap();
+    put(&disk, 50_000, 2, 512);
+    put(&clone, 90_000 / 512 * 512, 3, 512);
+    assert_eq!([at(&disk, 0), at(&disk, 50_000), at(&disk, 90_000)], [1, 2, 1]);
+    assert_eq!([at(&clone, 0), at(&clone, 50_000), at(&clone, 90_000)], [1, 1, 3]);
+    // While the clone is there nothing is merged beneath it.
+    assert!(matches!(disk.merge(), Err(DiskError::InUse { .. })));
+    drop(clone);
+    // The guest writes on while its layer is merged.
+    disk.merge().unwrap();
+    for i in 0..2000u64 {
+        put(&disk, (i * 7919) % 16000 * 4096, 4, 4096);
+        if i % 64 == 0 {
+            disk.flush().unwrap();
+        }
+    }
+    wait_for_merge(&disk);
+    assert_eq!(disk.info().layers, Vec::<Uuid>::new());
+    assert_eq!(at(&disk, 50_000), 2);
+    disk.flush().unwrap();
+    let file = std::fs::read(&real.config.source).unwrap();
+    for i in 0..2000u64 {
+        assert_eq!(file[((i * 7919) % 16000 * 4096) as usize], 4);
+    }
+    drop(disk);
+    assert_eq!(Owner::read(&real.state).unwrap().unwrap().layer, None);
+    let left: Vec<_> = std::fs::read_dir(&real.state)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.ends_with(".layer") && !name.contains(&clone_layer.to_string()))
+        .collect();
+    assert_eq!(left, Vec::<String>::new());
+    // The clone's layer was made upon what the file is no more.
+    assert!(matches!(
+        real.open_clone(clone_layer),
+        Err(DiskError::StaleRoot { .. })
+    ));
+    assert_eq!(at(&real.open().unwrap(), 50_000), 2);
+}
+
+#[test]
+fn a_disk_goes_on_from_the_layer_that_owner_json_names_or_not_at_all() {
+    let real = Real::new(1 << 20);
+    let disk = real.open().unwrap();
+    real.split(&disk);
+    put(&disk, 0, 9, 512);
+    disk.flush().unwrap();
+    let session = disk.info().session;
+    drop(disk);
+    let disk = real.open().unwrap();
+    assert_eq!((at(&disk, 0), disk.info().session), (9, session + 1));
+    let layer = disk.info().layers[0];
+    drop(disk);
+    // Without owner.json nobody knows which layer is current.
+    let owner = std::fs::read(real.state.join("owner.json")).unwrap();
+    std::fs::remove_file(real.state.join("owner.json")).unwrap();
+    assert!(matches!(real.open(), Err(DiskError::StaleRoot { .. })));
+    std::fs::write(real.state.join("owner.json"), owner).unwrap();
+    // A layer that is gone, and a source that has grown.
+    let map = real.state.join(format!("{layer}.map"));
+    std::fs::rename(&map, map.with_extension("hidden")).unwrap();
+    assert!(matches!(real.open(), Err(DiskError::StaleRoot { .. })));
+    std::fs::rename(map.with_extension("hidden"), &map).unwrap();
+    let source = std::fs::OpenOptions::new()
+        .write(true)
+        .open(&real.config.source)
+        .unwrap();
+    source.set_len(2 << 20).unwrap();
+    assert!(matches!(real.open(), Err(DiskError::StaleRoot { .. })));
+    source.set_len(1 << 20).unwrap();
+    // A source that somebody opened by itself: what lies above it is stale.
+    let record = real.state.join("source.json");
+    let text = std::fs::read_to_string(&record).unwrap();
+    std::fs::write(&record, text.replace("\"session\": 1", "\"session\": 2")).unwrap();
+    let error = real.open().err().unwrap();
+    assert!(matches!(error, DiskError::StaleRoot { .. }), "{error}");
+    std::fs::write(&record, text).unwrap();
+    assert_eq!(at(&real.open().unwrap(), 0), 9);
+}
+
+#[test]
+fn damaged_truncated_and_newer_maps_are_refused() {
+    let real = Real::new(1 << 20);
+    let disk = real.open().unwrap();
+    real.split(&disk);
+    put(&disk, 0, 9, 512);
+    disk.flush().unwrap();
+    let layer = disk.info().layers[0];
+    drop(disk);
+    let map = real.state.join(format!("{layer}.map"));
+    let good = std::fs::read(&map).unwrap();
+    for (offset, byte) in [(0, 1), (24, 1), (8192 + 5, 1), (8192 + 4000, 1)] {
+        let mut bad = good.clone();
+        bad[offset] ^= byte;
+        std::fs::write(&map, bad).unwrap();
+        let error = real.open().err().unwrap();
+        assert!(matches!(error, DiskError::Damaged { .. }), "{offset}: {error}");
+    }
+    std::fs::write(&map, &good[..good.len() - 512]).unwrap();
+    assert!(matches!(real.open(), Err(DiskError::Damaged { .. })));
+    let mut newer = good.clone();
+    newer[8] = 7;
+    newer[4096 + 8] = 7;
+    std::fs::write(&map, newer).unwrap();
+    assert!(matches!(real.open(), Err(DiskError::Version { found: 7, .. })));
+    std::fs::write(&map, &good).unwrap();
+    assert_eq!(at(&real.open().unwrap(), 0), 9);
+}
+
+#[test]
+fn operations_out_of_turn_are_refused_and_repeated_ones_answered_again() {
+    let real = Real::new(1 << 20);
+    let disk = real.open().unwrap();
+    let ids: Vec<Uuid> = (0..4).map(|_| Uuid::new_v4()).collect();
+    assert!(matches!(disk.split(ids[0]), Err(DiskError::Conflict { .. })));
+    assert!(matches!(
+        disk.prepare_split(ids[0], ids[0]),
+        Err(DiskError::Conflict { .. })
+    ));
+    disk.prepare_split(ids[0], ids[1]).unwrap();
+    // The agent gave up and tries another pair.
+    disk.prepare_split(ids[2], ids[3]).unwrap();
+    assert!(matches!(disk.split(ids[0]), Err(DiskError::Conflict { .. })));
+    let report = disk.split(ids[2]).unwrap();
+    assert_eq!(disk.split(ids[2]).unwrap(), report);
+    disk.prepare_split(ids[2], ids[3]).unwrap();
+    put(&disk, 0, 1, 512);
+    // A layer with data, and one of the chain, is not made anew.
+    assert!(matches!(
+        disk.prepare_split(ids[2], ids[0]),
+        Err(DiskError::Conflict { .. })
+    ));
+    assert_eq!(disk.info().layers, [ids[2]]);
+    // A clone writes to no other disk than its own layer.
+    assert!(matches!(
+        Disk::open(&real.config, Role::Clone),
+        Err(DiskError::Conflict { .. })
+    ));
+    // Nothing to merge is no error.
+    let plain = Real::new(1 << 20);
+    assert_eq!(plain.open().unwrap().merge().unwrap().merge, None);
+}
+
+#[test]
+fn a_sparse_disk_of_a_tebibyte_costs_what_is_touched() {
+    let real = Real::new(1 << 40);
+    let disk = real.open().unwrap();
+    real.split(&disk);
+    for gib in 0..64u64 {
+        put(&disk, gib << 34, 5, 4096);
+    }
+    disk.flush().unwrap();
+    assert_eq!(at(&disk, 3 << 34), 5);
+    assert_eq!(at(&disk, 1 << 33), 0);
+    let blocks = |name: std::path::PathBuf| {
+        use std::os::unix::fs::MetadataExt;
+        std::fs::metadata(name).unwrap().blocks() * 512
+    };
+    let layer = disk.info().layers[0];
+    assert!(blocks(real.state.join(format!("{layer}.map"))) < 2 << 20);
+    assert!(blocks(real.state.join(format!("{layer}.layer"))) < 2 << 20);
+    // Discarding nearly everything is remembered, not written.
+    disk.zero(1 << 30, (1 << 40) - (1 << 31)).unwrap();
+    assert_eq!(at(&disk, 3 << 34), 0);
+}
