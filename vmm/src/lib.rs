@@ -11,6 +11,7 @@ pub mod machine;
 pub mod net;
 pub mod pci;
 pub mod process;
+pub mod seccomp;
 pub mod supervisor;
 pub mod virtio;
 pub mod vsock;

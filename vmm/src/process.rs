@@ -11,6 +11,7 @@ use understudy_vmm_control::config::Role;
 
 use crate::control::server::{self, Sockets};
 use crate::machine::board::Event;
+use crate::seccomp;
 use crate::supervisor::{Supervisor, validate};
 
 /// Logs to stderr with UTC timestamps in microseconds; `RUST_LOG` selects, `info` is the default.
@@ -27,6 +28,7 @@ pub fn log_to_stderr() {
 pub fn run(path: &Path) -> Result<bool, Box<dyn Error>> {
     return_freed_memory();
     let config = validate::read(path)?;
+    seccomp::confine()?;
     // Before any thread: all inherit the mask.
     let signals = block_stop_signals()?;
     tracing::info!(
