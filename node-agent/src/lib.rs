@@ -6,3 +6,4 @@ pub mod config;
 pub mod durable;
 pub mod handover;
 pub mod isolation;
+pub mod store;
