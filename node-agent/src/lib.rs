@@ -4,6 +4,9 @@
 
 pub mod config;
 pub mod durable;
+pub mod guest_agent;
 pub mod handover;
 pub mod isolation;
+pub mod network;
 pub mod store;
+pub mod vmm;

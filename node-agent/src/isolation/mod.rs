@@ -12,5 +12,6 @@ mod ipv6;
 mod responder;
 
 pub use answer::answer;
+pub(crate) use facts::parse_mac;
 pub use facts::{Facts, Neighbour};
 pub use responder::{IsolationError, Responder};

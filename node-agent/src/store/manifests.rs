@@ -195,7 +195,11 @@ impl Scanner {
                 "{} {} was deleted after the manifest was written: it stays away", O::KIND.name(), id.1
             ),
             Ok(applied) => {
-                let verb = if applied == Applied::Created { "created" } else { "configured" };
+                let verb = if applied == Applied::Created {
+                    "created"
+                } else {
+                    "configured"
+                };
                 tracing::info!(file = %path.display(), "{} {} {verb}", O::KIND.name(), id.1);
             }
             Err(error) => {
@@ -260,7 +264,9 @@ mod tests {
         assert!(problems[1].file.ends_with("broken.yaml"));
         assert_eq!(bed.store.list::<Guest>().len(), 1);
         assert_eq!(bed.store.list::<SeamlessReboot>().len(), 1);
-        let shown: Vec<Problem> = durable::read_json(&problems_file(bed.dir.path())).unwrap().unwrap();
+        let shown: Vec<Problem> = durable::read_json(&problems_file(bed.dir.path()))
+            .unwrap()
+            .unwrap();
         assert_eq!(shown, problems);
 
         bed.put("all.yaml", &format!("{GUEST}---\n{REBOOT}"));

@@ -118,7 +118,11 @@ macro_rules! object {
 }
 
 object!(Guest, "guests", understudy_api::GuestStatus);
-object!(SeamlessReboot, "seamlessreboots", understudy_api::SeamlessRebootStatus);
+object!(
+    SeamlessReboot,
+    "seamlessreboots",
+    understudy_api::SeamlessRebootStatus
+);
 
 /// Why an object could not be changed.
 #[derive(Debug, thiserror::Error)]
@@ -145,7 +149,9 @@ pub enum StoreError {
         errors: Vec<FieldError>,
     },
     /// The object is being deleted.
-    #[error("{kind} {key} is being deleted; it is made anew when that is done and the manifest is written again")]
+    #[error(
+        "{kind} {key} is being deleted; it is made anew when that is done and the manifest is written again"
+    )]
     Deleting {
         /// Kind.
         kind: &'static str,

@@ -23,7 +23,10 @@ fn an_object_keeps_its_uid_and_status_when_it_is_applied_again() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     let key = Key::new("default", "web");
-    assert_eq!(store.apply(&guest("512Mi", "a.img"), at(1)).unwrap(), Applied::Created);
+    assert_eq!(
+        store.apply(&guest("512Mi", "a.img"), at(1)).unwrap(),
+        Applied::Created
+    );
     let first: Guest = store.get(&key).unwrap().unwrap();
     assert!(Uuid::parse_str(&first.uid()).is_ok());
     store
@@ -31,8 +34,14 @@ fn an_object_keeps_its_uid_and_status_when_it_is_applied_again() {
             status.phase = Some(GuestPhase::Running);
         })
         .unwrap();
-    assert_eq!(store.apply(&guest("512Mi", "a.img"), at(2)).unwrap(), Applied::Unchanged);
-    assert_eq!(store.apply(&guest("1Gi", "a.img"), at(3)).unwrap(), Applied::Configured);
+    assert_eq!(
+        store.apply(&guest("512Mi", "a.img"), at(2)).unwrap(),
+        Applied::Unchanged
+    );
+    assert_eq!(
+        store.apply(&guest("1Gi", "a.img"), at(3)).unwrap(),
+        Applied::Configured
+    );
 
     // As a restarted agent finds it.
     let again: Guest = Store::open(dir.path()).unwrap().get(&key).unwrap().unwrap();
@@ -47,8 +56,14 @@ fn what_may_not_change_is_refused_by_name_and_nothing_else_happens() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     store.apply(&guest("512Mi", "a.img"), at(1)).unwrap();
-    let error = store.apply(&guest("512Mi", "b.img"), at(2)).unwrap_err().to_string();
-    assert!(error.contains("default/web") && error.contains("spec.disks"), "{error}");
+    let error = store
+        .apply(&guest("512Mi", "b.img"), at(2))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("default/web") && error.contains("spec.disks"),
+        "{error}"
+    );
     let there: Guest = store.get(&Key::new("default", "web")).unwrap().unwrap();
     assert_eq!(there.spec.disks[0].source, "a.img");
 }
@@ -67,9 +82,15 @@ fn a_deleted_object_comes_back_only_with_a_manifest_that_was_written_later() {
         Err(StoreError::Deleting { .. })
     ));
     store.remove::<Guest>(&key, &there.uid()).unwrap();
-    assert_eq!(store.apply(&guest("512Mi", "a.img"), at(2)).unwrap(), Applied::Deleted);
+    assert_eq!(
+        store.apply(&guest("512Mi", "a.img"), at(2)).unwrap(),
+        Applied::Deleted
+    );
     let later = Timestamp::now() + jiff::SignedDuration::from_secs(5);
-    assert_eq!(store.apply(&guest("512Mi", "a.img"), later).unwrap(), Applied::Created);
+    assert_eq!(
+        store.apply(&guest("512Mi", "a.img"), later).unwrap(),
+        Applied::Created
+    );
     assert!(matches!(
         store.delete::<Guest>(&Key::new("default", "other")),
         Err(StoreError::NotFound { .. })
