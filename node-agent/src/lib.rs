@@ -2,11 +2,19 @@
 //! directory of manifests; what it takes specs from and reports to is behind traits.
 #![forbid(unsafe_code)]
 
+pub mod agent;
+pub mod cli;
 pub mod config;
 pub mod durable;
+pub mod effects;
 pub mod guest_agent;
+pub mod guests;
 pub mod handover;
+pub mod host;
 pub mod isolation;
+pub mod logs;
 pub mod network;
+pub mod node;
+pub mod operations;
 pub mod store;
 pub mod vmm;

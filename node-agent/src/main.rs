@@ -1,4 +1,8 @@
 //! `understudy-node`.
 #![forbid(unsafe_code)]
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    understudy_node::cli::main()
+}

@@ -4,6 +4,8 @@
 
 pub mod manifests;
 pub mod objects;
+mod source;
 
 pub use manifests::{Problem, Scanner};
 pub use objects::{Key, Object, Store, StoreError};
+pub use source::Objects;

@@ -6,6 +6,7 @@ mod launch;
 mod process;
 
 pub use instance::{Instance, Instances, Layout};
+pub(crate) use launch::log_end;
 pub use launch::{LaunchError, Launcher};
 pub use process::{Process, host_boot_id};
 

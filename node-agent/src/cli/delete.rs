@@ -1,0 +1,88 @@
+//! `understudy-node delete`.
+
+use std::error::Error;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use understudy_api::duration;
+use understudy_api::{Guest, SeamlessReboot};
+
+use super::{Kind, kind};
+use crate::config::Config;
+use crate::store::{Key, Object, Store, StoreError};
+
+const LOOK: Duration = Duration::from_millis(200);
+
+#[derive(Debug, Args)]
+pub(super) struct Arguments {
+    /// guest or seamlessreboot
+    #[arg(value_parser = kind)]
+    kind: Kind,
+    /// Its name
+    name: String,
+    /// Its namespace
+    #[arg(long, short, default_value = "default")]
+    namespace: String,
+    /// Wait until it is gone
+    #[arg(long, default_value_t = true, num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set)]
+    wait: bool,
+    /// The longest wait, such as 30s or 5m
+    #[arg(long, default_value = "5m", value_parser = limit)]
+    timeout: Duration,
+}
+
+/// It is still there.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{kind} {key:?} is marked for deletion and still there after {seconds} s; is the agent running? `understudy-node status` tells",
+    key = key.to_string()
+)]
+struct StillThere {
+    kind: &'static str,
+    key: Key,
+    seconds: u64,
+}
+
+fn limit(text: &str) -> Result<Duration, String> {
+    duration::parse(text).ok_or_else(|| format!("{text:?} is not a duration such as 30s or 5m"))
+}
+
+pub(super) fn run(config: &Config, arguments: &Arguments) -> Result<(), Box<dyn Error>> {
+    let store = Store::open(&config.state_dir)?;
+    let key = Key::new(arguments.namespace.clone(), arguments.name.clone());
+    match arguments.kind {
+        Kind::Guest => delete::<Guest>(&store, &key, arguments)?,
+        Kind::Reboot => delete::<SeamlessReboot>(&store, &key, arguments)?,
+    }
+    let kind = arguments.kind.singular();
+    println!("{kind}.understudy.dev \"{}\" deleted", arguments.name);
+    Ok(())
+}
+
+fn delete<O: Object>(store: &Store, key: &Key, arguments: &Arguments) -> Result<(), Box<dyn Error>> {
+    let uid = store
+        .get::<O>(key)?
+        .ok_or_else(|| StoreError::NotFound {
+            plural: O::PLURAL,
+            key: key.clone(),
+        })?
+        .uid();
+    store.delete::<O>(key)?;
+    if !arguments.wait {
+        return Ok(());
+    }
+    let began = Instant::now();
+    loop {
+        if store.get::<O>(key)?.is_none_or(|object| object.uid() != uid) {
+            return Ok(());
+        }
+        if began.elapsed() > arguments.timeout {
+            return Err(Box::new(StillThere {
+                kind: arguments.kind.singular(),
+                key: key.clone(),
+                seconds: began.elapsed().as_secs(),
+            }));
+        }
+        std::thread::sleep(LOOK);
+    }
+}

@@ -1,0 +1,151 @@
+//! `understudy-node install`: the systemd unit, the directories it needs, and an example configuration.
+
+use std::error::Error;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use clap::Args;
+
+use crate::config::Config;
+use crate::durable;
+
+/// Name of the unit; VMM units are ordered by it.
+const UNIT: &str = "understudy-node.service";
+
+#[derive(Debug, Args)]
+pub(super) struct Arguments {
+    /// Where units go
+    #[arg(long, value_name = "DIR", default_value = "/etc/systemd/system")]
+    unit_dir: PathBuf,
+    /// Write files only; do not tell systemd
+    #[arg(long)]
+    no_reload: bool,
+}
+
+/// Why the agent is not installed.
+#[derive(Debug, thiserror::Error)]
+enum InstallError {
+    #[error("{action} {path}: {source}; are you root?")]
+    Io {
+        action: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+    #[error("`systemctl {arguments}` failed: {message}")]
+    Systemctl { arguments: String, message: String },
+}
+
+pub(super) fn run(config: &Config, file: &Path, arguments: &Arguments) -> Result<(), Box<dyn Error>> {
+    let program = std::env::current_exe().map_err(|source| InstallError::Io {
+        action: "finding",
+        path: "/proc/self/exe".into(),
+        source,
+    })?;
+    let failed = |action, path: &Path| {
+        let path = path.to_owned();
+        move |source| InstallError::Io { action, path, source }
+    };
+    for directory in [&config.state_dir, &config.manifests_dir, &config.disks_dir] {
+        fs::create_dir_all(directory).map_err(failed("creating", directory))?;
+    }
+    if !file.exists() {
+        if let Some(directory) = file.parent() {
+            fs::create_dir_all(directory).map_err(failed("creating", directory))?;
+        }
+        durable::replace(file, EXAMPLE.as_bytes())?;
+        println!("{} written", file.display());
+    }
+    fs::create_dir_all(&arguments.unit_dir).map_err(failed("creating", &arguments.unit_dir))?;
+    let unit = arguments.unit_dir.join(UNIT);
+    durable::replace(&unit, unit_text(&program, file).as_bytes())?;
+    println!("{} written", unit.display());
+    if arguments.no_reload {
+        return Ok(());
+    }
+    systemctl(&["daemon-reload"])?;
+    systemctl(&["enable", "--quiet", UNIT])?;
+    println!("{UNIT} enabled; start it by: systemctl start {UNIT}");
+    Ok(())
+}
+
+fn systemctl(arguments: &[&str]) -> Result<(), InstallError> {
+    let failed = |message| InstallError::Systemctl {
+        arguments: arguments.join(" "),
+        message,
+    };
+    let output = Command::new("systemctl")
+        .args(arguments)
+        .output()
+        .map_err(|error| failed(error.to_string()))?;
+    if !output.status.success() {
+        return Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
+    }
+    Ok(())
+}
+
+fn unit_text(program: &Path, config: &Path) -> String {
+    format!(
+        "[Unit]
+Description=Understudy node agent
+After=local-fs.target network.target
+
+[Service]
+Type=notify
+ExecStart={} run --config {}
+Restart=always
+RestartSec=1
+# VMMs are units of their own and outlive the agent; so do those that are not.
+KillMode=process
+# A guest that is held is taken through its cutover first.
+TimeoutStopSec=120
+OOMScoreAdjust=-900
+LimitNOFILE=65536
+
+[Install]
+WantedBy=multi-user.target
+",
+        program.display(),
+        config.display()
+    )
+}
+
+const EXAMPLE: &str = "\
+# Configuration of understudy-node. Every field has a default; these are some of them.
+#stateDir: /var/lib/understudy
+#manifestsDir: /etc/understudy/manifests
+#disksDir: /var/lib/understudy/disks
+#vmm: /usr/local/bin/understudy-vmm
+
+# What guests of a namespace may use beside files in disksDir/NAMESPACE. Default: nothing.
+#namespaces:
+#  default:
+#    bridges: [br0]
+#    paths: [/dev/vg0]
+";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_unit_runs_this_program_and_the_example_is_a_valid_configuration() {
+        let text = unit_text(
+            Path::new("/opt/understudy-node"),
+            Path::new("/etc/understudy/node.yaml"),
+        );
+        assert!(text.contains("ExecStart=/opt/understudy-node run --config /etc/understudy/node.yaml"));
+        assert!(text.contains("KillMode=process"));
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("node.yaml");
+        let settings = EXAMPLE.lines().filter(|line| !line.starts_with("# "));
+        let uncommented = settings
+            .map(|line| line.replacen('#', "", 1) + "\n")
+            .collect::<String>();
+        for text in [EXAMPLE, uncommented.as_str()] {
+            fs::write(&file, text).unwrap();
+            Config::load(Some(&file)).unwrap();
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! The command line: names, output and flags that a kubectl user guesses right.
+
+mod delete;
+mod install;
+mod list;
+mod render;
+mod status;
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{Config, DEFAULT_PATH};
+use crate::{agent, logs};
+
+/// Owns the guests of this node and reboots them without interruption.
+#[derive(Debug, Parser)]
+#[command(name = "understudy-node", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    global: Global,
+}
+
+#[derive(Debug, Args)]
+struct Global {
+    /// Configuration file [default: /etc/understudy/node.yaml, where it exists]
+    #[arg(
+        long,
+        short = 'c',
+        global = true,
+        value_name = "FILE",
+        env = "UNDERSTUDY_CONFIG"
+    )]
+    config: Option<PathBuf>,
+    /// Directory of durable state, instead of the configuration's stateDir
+    #[arg(long, global = true, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the agent in stand-alone mode, on a directory of manifests
+    Run {
+        /// Directory of manifests, instead of the configuration's manifestsDir
+        #[arg(long, value_name = "DIR")]
+        manifests: Option<PathBuf>,
+        /// Directory of sockets, instead of the configuration's runDir
+        #[arg(long, value_name = "DIR")]
+        run_dir: Option<PathBuf>,
+        /// The VMM's binary, instead of the configuration's vmm
+        #[arg(long, value_name = "FILE")]
+        vmm: Option<PathBuf>,
+    },
+    /// Show guests, reboots and malformed manifests
+    Status(status::Arguments),
+    /// Delete a guest or a seamless reboot
+    ///
+    /// A deleted guest is powered off; its disks are kept unless its deletionPolicy is Delete. A reboot that
+    /// is deleted before its clone has taken over is aborted.
+    Delete(delete::Arguments),
+    /// Install the systemd unit of this agent, and enable it
+    Install(install::Arguments),
+}
+
+/// Parses the command line and does what it says.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match execute(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn execute(cli: Cli) -> Result<(), Box<dyn Error>> {
+    let mut config = Config::load(cli.global.config.as_deref())?;
+    if let Some(state_dir) = cli.global.state_dir {
+        config.state_dir = state_dir;
+    }
+    match cli.command {
+        Command::Run {
+            manifests,
+            run_dir,
+            vmm,
+        } => {
+            config.manifests_dir = manifests.unwrap_or(config.manifests_dir);
+            config.run_dir = run_dir.unwrap_or(config.run_dir);
+            config.vmm = vmm.unwrap_or(config.vmm);
+            config.check()?;
+            logs::init(Some(&config.state_dir));
+            agent::run(config)?;
+        }
+        Command::Status(arguments) => {
+            config.check()?;
+            status::run(&config, &arguments)?;
+        }
+        Command::Delete(arguments) => {
+            config.check()?;
+            delete::run(&config, &arguments)?;
+        }
+        Command::Install(arguments) => {
+            config.check()?;
+            let file = cli.global.config.unwrap_or_else(|| PathBuf::from(DEFAULT_PATH));
+            install::run(&config, &file, &arguments)?;
+        }
+    }
+    Ok(())
+}
+
+/// Kinds that the command line knows, by any name that kubectl would take.
+fn kind(name: &str) -> Result<Kind, String> {
+    let name = name.to_ascii_lowercase();
+    match name.split('.').next().unwrap_or_default() {
+        "guest" | "guests" | "gst" => Ok(Kind::Guest),
+        "reboot" | "reboots" | "seamlessreboot" | "seamlessreboots" | "sr" => Ok(Kind::Reboot),
+        _ => Err(format!(
+            "no kind {name:?} here; known: guest (gst), seamlessreboot (sr, reboot)"
+        )),
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Guest,
+    Reboot,
+}
+
+impl Kind {
+    fn singular(self) -> &'static str {
+        match self {
+            Kind::Guest => "guest",
+            Kind::Reboot => "seamlessreboot",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent_and_takes_what_a_kubectl_user_types() {
+        Cli::command().debug_assert();
+        for line in [
+            "status",
+            "status -w",
+            "status -o json --config /x",
+            "status reboot kernel -n web",
+            "delete guest web",
+            "delete sr kernel -n default --wait=false",
+            "run --config /x --manifests /y",
+            "install",
+        ] {
+            let words = ["understudy-node"].into_iter().chain(line.split(' '));
+            assert!(Cli::try_parse_from(words).is_ok(), "{line}");
+        }
+        assert!(Cli::try_parse_from(["understudy-node", "delete", "pod", "x"]).is_err());
+    }
+}

@@ -1,0 +1,283 @@
+//! The handover engine's world: VMMs through their control sockets, guest agents through vsock, files.
+
+mod after;
+mod before;
+mod cutover;
+mod errors;
+mod integrate;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use understudy_api::Guest;
+use understudy_api::reboot::Remains;
+use understudy_vmm_control::client::Client;
+use understudy_vmm_control::owner::Owner;
+
+use crate::guest_agent::Link;
+use crate::guests::{Resolved, resolve};
+use crate::handover::effects::{Activation, CloneBoot, Preflight, Round, Sealed, SplitOutcome};
+use crate::handover::{EffectError, Effected, Effects, ErrorKind, Moment, Operation};
+use crate::host;
+use crate::node::Node;
+use crate::store::{Key, Object};
+use crate::vmm::{Instance, Layout};
+use errors::Side;
+
+/// Time limit of requests to a guest agent that are answered at once.
+const AGENT: Duration = Duration::from_secs(10);
+/// The same for those that sync or stop something.
+const AGENT_SLOW: Duration = Duration::from_secs(60);
+/// The longest wait at once, so that what changes without a bell is seen.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// The world of one operation.
+pub struct World {
+    node: Arc<Node>,
+    guest: Key,
+    reboot: Key,
+    /// When the clone's first frame went out, noted by a watcher after its activation.
+    first_frame: Arc<Mutex<Option<Moment>>>,
+}
+
+impl World {
+    /// The world of an operation on `guest` that `reboot` asked for.
+    pub fn new(node: Arc<Node>, guest: Key, reboot: Key) -> World {
+        World {
+            node,
+            guest,
+            reboot,
+            first_frame: Arc::default(),
+        }
+    }
+
+    /// The Guest and what it means on this node.
+    fn resolved(&self) -> Effected<(Guest, Resolved)> {
+        let guest = self
+            .node
+            .objects
+            .guest(&self.guest)
+            .map_err(|error| EffectError::new(ErrorKind::Retry, error.to_string()))?
+            .ok_or_else(|| {
+                EffectError::new(
+                    ErrorKind::Refused,
+                    format!("there is no Guest {}; spec.guestName must name one", self.guest),
+                )
+                .because(understudy_api::conditions::reasons::GUEST_NOT_FOUND)
+            })?;
+        let resolved = resolve(&self.node.config, &guest, host::cpus(), host::total_memory_mib())
+            .map_err(|error| EffectError::new(ErrorKind::Refused, error.to_string()))?;
+        Ok((guest, resolved))
+    }
+
+    /// The record of an incarnation's VMM.
+    fn instance(&self, incarnation: u64, side: Side) -> Effected<(Resolved, Instance)> {
+        let (_, resolved) = self.resolved()?;
+        match self.node.instances.get(&resolved.uid, incarnation) {
+            Some(instance) if instance.is_alive() => Ok((resolved, instance)),
+            _ => Err(side.gone(format!("the VMM of incarnation {incarnation} has ended"))),
+        }
+    }
+
+    fn guest_vmm(&self, operation: &Operation) -> Effected<(Resolved, Instance)> {
+        self.instance(operation.guest_incarnation(), Side::Guest)
+    }
+
+    fn clone_vmm(&self, operation: &Operation) -> Effected<(Resolved, Instance)> {
+        self.instance(operation.clone_incarnation(), Side::Clone)
+    }
+
+    fn layout(&self, resolved: &Resolved, incarnation: u64) -> Layout {
+        Layout::new(&self.node.config, &self.guest, &resolved.uid, incarnation)
+    }
+
+    /// vsock socket of an incarnation whose VMM runs.
+    fn vsock(&self, incarnation: u64, side: Side) -> Effected<PathBuf> {
+        let (resolved, _) = self.instance(incarnation, side)?;
+        Ok(self.layout(&resolved, incarnation).vsock())
+    }
+
+    /// The link to an incarnation's guest agent, once it is connected (a session that broke is opened
+    /// again within a moment).
+    fn agent(&self, incarnation: u64, side: Side) -> Effected<Arc<Link>> {
+        let socket = self.vsock(incarnation, side)?;
+        let link = self.node.link(&socket).map_err(|error| {
+            EffectError::new(ErrorKind::Retry, format!("no thread for the link: {error}"))
+        })?;
+        link.wait(Duration::from_secs(2), |heard| heard.connected);
+        Ok(link)
+    }
+
+    fn guest_agent(&self, operation: &Operation) -> Effected<Arc<Link>> {
+        self.agent(operation.guest_incarnation(), Side::Guest)
+    }
+
+    fn clone_agent(&self, operation: &Operation) -> Effected<Arc<Link>> {
+        self.agent(operation.clone_incarnation(), Side::Clone)
+    }
+
+    /// A client for requests that wait for requests in flight, flush or copy.
+    fn slow(instance: &Instance) -> Client {
+        Client::new(&instance.control, Duration::from_secs(60))
+    }
+
+    fn owner(&self, resolved: &Resolved) -> Effected<Owner> {
+        match Owner::read(&resolved.state_dir()) {
+            Ok(Some(owner)) => Ok(owner),
+            Ok(None) => Err(EffectError::new(
+                ErrorKind::Refused,
+                format!("{} has no owner.json", resolved.state_dir().display()),
+            )),
+            Err(error) => Err(EffectError::new(ErrorKind::Retry, error.to_string())),
+        }
+    }
+}
+
+impl Effects for World {
+    fn now(&mut self) -> Moment {
+        host::moment()
+    }
+
+    fn wait(&mut self, until: Moment) {
+        let micros = until.boot_us - host::moment().boot_us;
+        let Ok(micros) = u64::try_from(micros) else { return };
+        let deadline = Instant::now() + Duration::from_micros(micros);
+        while !self.node.is_stopping() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.is_abort_asked().is_some() {
+                return;
+            }
+            std::thread::sleep(left.min(LOOK));
+        }
+    }
+
+    fn abort_requested(&mut self, _operation: &Operation) -> Option<String> {
+        self.is_abort_asked()
+    }
+
+    fn must_stop(&mut self) -> bool {
+        self.node.is_stopping()
+    }
+
+    fn preflight(&mut self, operation: &Operation) -> Effected<Preflight> {
+        self.do_preflight(operation)
+    }
+
+    fn confirm(&mut self, operation: &Operation) -> Effected<()> {
+        self.do_confirm(operation)
+    }
+
+    fn prepare_split(&mut self, operation: &Operation) -> Effected<()> {
+        self.do_prepare_split(operation)
+    }
+
+    fn prepare_clone(&mut self, operation: &Operation) -> Effected<()> {
+        self.do_prepare_clone(operation)
+    }
+
+    fn split(&mut self, operation: &Operation) -> Effected<SplitOutcome> {
+        self.do_split(operation)
+    }
+
+    fn boot_clone(&mut self, operation: &Operation) -> Effected<()> {
+        self.do_boot_clone(operation)
+    }
+
+    fn await_clone_boot(&mut self, operation: &Operation) -> Effected<Option<CloneBoot>> {
+        self.do_await_clone_boot(operation)
+    }
+
+    fn integrate(&mut self, operation: &Operation, last: bool, deadline: Option<Moment>) -> Effected<Round> {
+        self.do_integrate(operation, last, deadline)
+    }
+
+    fn hold_ingress(&mut self, operation: &Operation, lease_ms: u64) -> Effected<()> {
+        self.do_hold_ingress(operation, lease_ms)
+    }
+
+    fn freeze_userland(&mut self, operation: &Operation, lease_ms: u64) -> Effected<Remains> {
+        self.do_freeze_userland(operation, lease_ms)
+    }
+
+    fn seal(&mut self, operation: &Operation, lease_ms: u64) -> Effected<Sealed> {
+        self.do_seal(operation, lease_ms)
+    }
+
+    fn count_dirty(&mut self, operation: &Operation) -> Effected<u64> {
+        self.do_count_dirty(operation)
+    }
+
+    fn pause(&mut self, operation: &Operation, lease_ms: u64) -> Effected<()> {
+        self.do_pause(operation, lease_ms)
+    }
+
+    fn commit(&mut self, operation: &Operation) -> Effected<()> {
+        self.do_commit(operation)
+    }
+
+    fn release(&mut self, operation: &Operation) -> Effected<()> {
+        self.do_release(operation)
+    }
+
+    fn read_owner(&mut self, _operation: &Operation) -> Effected<Owner> {
+        let (_, resolved) = self.resolved()?;
+        self.owner(&resolved)
+    }
+
+    fn thaw_userland(&mut self, operation: &Operation) -> Effected<()> {
+        self.do_thaw_userland(operation)
+    }
+
+    fn thaw_filesystems(&mut self, operation: &Operation) -> Effected<()> {
+        self.do_thaw_filesystems(operation).map(drop)
+    }
+
+    fn end_capture(&mut self, operation: &Operation) -> Effected<()> {
+        self.do_end_capture(operation)
+    }
+
+    fn kill_clone(&mut self, operation: &Operation) -> Effected<()> {
+        self.do_kill_clone(operation)
+    }
+
+    fn discard_clone(&mut self, operation: &Operation) -> Effected<()> {
+        self.do_discard_clone(operation)
+    }
+
+    fn hand_over_network(&mut self, operation: &Operation) -> Effected<()> {
+        self.do_hand_over_network(operation)
+    }
+
+    fn activate_clone(&mut self, operation: &Operation, open_taps: bool) -> Effected<()> {
+        self.do_activate_clone(operation, open_taps)
+    }
+
+    fn activate_agent(&mut self, operation: &Operation) -> Effected<Activation> {
+        self.do_activate_agent(operation)
+    }
+
+    fn cold_boot(&mut self, operation: &Operation) -> Effected<()> {
+        self.do_cold_boot(operation)
+    }
+
+    fn retire(&mut self, operation: &Operation, deadline: Moment) -> Effected<()> {
+        self.do_retire(operation, deadline)
+    }
+}
+
+impl World {
+    fn is_abort_asked(&self) -> Option<String> {
+        if let Ok(Some(reboot)) = self.node.objects.reboot(&self.reboot)
+            && reboot.is_deleting()
+        {
+            return Some("the SeamlessReboot was deleted".to_owned());
+        }
+        if let Ok(Some(guest)) = self.node.objects.guest(&self.guest)
+            && guest.is_deleting()
+        {
+            return Some("the Guest is being deleted".to_owned());
+        }
+        None
+    }
+}

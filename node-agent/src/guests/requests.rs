@@ -1,0 +1,134 @@
+//! A guest's own request to be rebooted (patent US10606632B2, step 1): it becomes a SeamlessReboot in the
+//! guest's name, and the guest is answered when its reboot is confirmed, or why it is not.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use understudy_api::guest::{OnGuestRequest, RebootRequest};
+use understudy_api::{Guest, Phase, SeamlessReboot, SeamlessRebootSpec, Time};
+use understudy_channel::Request;
+use uuid::Uuid;
+
+use crate::guest_agent::Link;
+use crate::node::Node;
+use crate::store::{Key, Object};
+
+const ANSWER: Duration = Duration::from_secs(5);
+
+/// One pass over the guest's request, if it has one.
+pub fn pass(node: &Node, guest: &Guest, link: &Link) {
+    let Some((id, reason)) = link.heard().reboot_requested else {
+        return;
+    };
+    let key = guest.key();
+    let name = reboot_name(guest, &id);
+    let known = guest
+        .status
+        .as_ref()
+        .and_then(|status| status.reboot_request.as_ref())
+        .is_some_and(|request| request.id == id);
+    if guest.spec.on_guest_request == OnGuestRequest::Deny {
+        let why = "the Guest says onGuestRequest: Deny; change that, or reboot it by a SeamlessReboot";
+        if !known {
+            note(node, guest, &id, &reason, None, Some(why));
+        }
+        answer(link, &id, Err(why.to_owned()));
+        return;
+    }
+    let reboot_key = Key::new(key.namespace.clone(), name.clone());
+    let reboot = match node.objects.reboot(&reboot_key) {
+        Ok(Some(reboot)) => reboot,
+        Ok(None) => {
+            tracing::info!(guest = %key, id, reason, reboot = name, "the guest asks for a reboot");
+            let reboot = make(guest, &name, &reason);
+            if let Err(error) = node.objects.make_reboot(&reboot) {
+                tracing::error!(guest = %key, %error, "the guest's request could not be taken");
+                return;
+            }
+            note(node, guest, &id, &reason, Some(&name), None);
+            return;
+        }
+        Err(error) => {
+            tracing::error!(guest = %key, %error, "the guest's request could not be looked up");
+            return;
+        }
+    };
+    if !known {
+        // The agent died between making the reboot and noting it.
+        note(node, guest, &id, &reason, Some(&name), None);
+    }
+    let status = reboot.status.unwrap_or_default();
+    match status.phase.unwrap_or(Phase::Pending) {
+        Phase::Pending => {}
+        Phase::Failed | Phase::Aborted => {
+            let why = status.message.unwrap_or_default();
+            answer(link, &id, Err(format!("SeamlessReboot {name}: {why}")));
+        }
+        _ => answer(link, &id, Ok(name)),
+    }
+}
+
+fn answer(link: &Link, id: &str, answer: Result<String, String>) {
+    let request = Request::RebootAnswer {
+        id: id.to_owned(),
+        answer,
+    };
+    match link.done(&request, ANSWER) {
+        Ok(()) => link.reboot_answered(id),
+        // It asks again with its next session.
+        Err(error) => tracing::warn!(%error, id, "the guest's request was not answered"),
+    }
+}
+
+fn note(node: &Node, guest: &Guest, id: &str, reason: &str, reboot: Option<&str>, denied: Option<&str>) {
+    let reported = node
+        .objects
+        .report_guest(&guest.key(), &guest.uid(), true, &mut |status| {
+            status.reboot_request = Some(RebootRequest {
+                id: id.to_owned(),
+                reason: reason.chars().filter(|c| !c.is_control()).collect(),
+                requested_at: Time(Timestamp::now()),
+                seamless_reboot: reboot.map(str::to_owned),
+                denied: denied.map(str::to_owned),
+            });
+        });
+    if let Err(error) = reported {
+        tracing::error!(guest = %guest.key(), %error, "the guest's request could not be noted");
+    }
+}
+
+/// Deterministic, so that a request that is heard twice makes one reboot.
+fn reboot_name(guest: &Guest, id: &str) -> String {
+    let hash = Uuid::new_v5(&Uuid::NAMESPACE_OID, format!("{}/{id}", guest.uid()).as_bytes());
+    let guest: String = guest.key().name.chars().take(200).collect();
+    format!(
+        "{}-{}",
+        guest.trim_end_matches(['-', '.']),
+        &hash.simple().to_string()[..10]
+    )
+}
+
+fn make(guest: &Guest, name: &str, reason: &str) -> SeamlessReboot {
+    let reason: String = reason.chars().filter(|c| !c.is_control()).collect();
+    let mut spec = SeamlessRebootSpec {
+        guest_name: guest.key().name,
+        reason: None,
+        expect: None,
+        services: Default::default(),
+        capture: Default::default(),
+        cutover: Default::default(),
+        timeouts: Default::default(),
+        retain_dormant_for: "10m".to_owned(),
+        ttl_seconds_after_finished: None,
+    };
+    if !reason.is_empty() {
+        let mut end = reason.len().min(900);
+        while !reason.is_char_boundary(end) {
+            end -= 1;
+        }
+        spec.reason = Some(format!("asked for by the guest: {}", &reason[..end]));
+    }
+    let mut reboot = SeamlessReboot::new(name, spec);
+    reboot.metadata.namespace = Some(guest.key().namespace);
+    reboot
+}

@@ -1,0 +1,440 @@
+//! Operations: a driver thread for each SeamlessReboot, one per guest at a time, and their recovery when the
+//! agent starts.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use understudy_api::conditions::{self, reasons};
+use understudy_api::{Phase, SeamlessReboot};
+use uuid::Uuid;
+
+use crate::effects::World;
+use crate::handover::journal::{Directory, Journal, JournalError};
+use crate::handover::{Moment, Operation, Plan, Report, Run, Step, run, status};
+use crate::host;
+use crate::node::{InFlight, Node};
+use crate::store::{Key, Object};
+
+/// Progress is written at most this often; a phase at once.
+const PROGRESS: Duration = Duration::from_millis(500);
+
+/// Takes up the operations that a former agent left, before anything else is done with their guests.
+pub fn recover(node: &Arc<Node>) {
+    let records = match node.journal.load() {
+        Ok(records) => records,
+        Err(error) => {
+            tracing::error!(%error, "the journal of operations could not be read");
+            return;
+        }
+    };
+    for record in records {
+        let operation = match record {
+            Ok(operation) => operation,
+            Err(error) => {
+                tracing::error!(%error, "an operation cannot be taken up");
+                continue;
+            }
+        };
+        let (Some(guest), Some(reboot)) = (key(&operation.guest), key(&operation.name)) else {
+            tracing::error!(uid = operation.uid, "an operation names no guest");
+            continue;
+        };
+        if operation.is_finished() {
+            finish(node, &operation);
+            continue;
+        }
+        tracing::info!(reboot = %reboot, step = ?operation.step, "taking up an operation");
+        start(node, guest, reboot, operation, true);
+    }
+}
+
+/// One pass over all SeamlessReboots: starts what can be started, tells what waits, removes what is over.
+pub fn pass(node: &Arc<Node>) {
+    let mut reboots = node.objects.reboots();
+    // First come, first served; the name decides where the time does not.
+    reboots.sort_by_key(|reboot| {
+        let created = reboot.metadata.creation_timestamp.as_ref().map(|time| time.0);
+        (created, reboot.key())
+    });
+    for reboot in reboots {
+        let phase = reboot.status.as_ref().and_then(|status| status.phase);
+        if phase.is_some_and(Phase::is_terminal) {
+            expire(node, &reboot);
+        } else if !node.is_stopping() {
+            begin(node, &reboot);
+        }
+    }
+}
+
+fn key(text: &str) -> Option<Key> {
+    let (namespace, name) = text.split_once('/')?;
+    Some(Key::new(namespace, name))
+}
+
+fn begin(node: &Arc<Node>, reboot: &SeamlessReboot) {
+    let (reboot_key, uid) = (reboot.key(), reboot.uid());
+    let guest_key = Key::new(reboot_key.namespace.clone(), reboot.spec.guest_name.clone());
+    if let Some(there) = node.in_flight(&guest_key) {
+        if there.uid != uid {
+            let message = format!("waits for SeamlessReboot {} of the same guest", there.reboot.name);
+            tell(node, reboot, Phase::Pending, reasons::GUEST_BUSY, &message);
+        }
+        return;
+    }
+    if reboot.is_deleting() {
+        // Nothing was begun for it.
+        tell(
+            node,
+            reboot,
+            Phase::Aborted,
+            reasons::ABORTED,
+            "deleted before it began",
+        );
+        return;
+    }
+    let plan = match Plan::from_spec(&reboot.spec) {
+        Ok(plan) => plan,
+        Err(error) => {
+            tell(node, reboot, Phase::Failed, reasons::INVALID, &error.to_string());
+            return;
+        }
+    };
+    let operation = Operation::new(
+        uid,
+        reboot_key.to_string(),
+        guest_key.to_string(),
+        plan,
+        (Uuid::new_v4(), Uuid::new_v4()),
+        host::moment(),
+    );
+    start(node, guest_key, reboot_key, operation, false);
+}
+
+/// Writes a status that no engine writes.
+fn tell(node: &Node, reboot: &SeamlessReboot, phase: Phase, reason: &str, message: &str) {
+    let generation = reboot.generation();
+    let reported = node
+        .objects
+        .report_reboot(&reboot.key(), &reboot.uid(), true, &mut |status| {
+            status.observed_generation = generation;
+            status.phase = Some(phase);
+            status.reason = Some(reason.to_owned());
+            status.message = Some(message.to_owned());
+            conditions::set_for_phase(
+                &mut status.conditions,
+                generation,
+                Timestamp::now(),
+                phase,
+                reason,
+                message,
+            );
+        });
+    if let Err(error) = reported {
+        tracing::error!(reboot = %reboot.key(), %error, "the status could not be written");
+    }
+}
+
+/// Removes a finished reboot that was deleted, or whose time to live is over.
+fn expire(node: &Node, reboot: &SeamlessReboot) {
+    let finished = reboot
+        .status
+        .as_ref()
+        .and_then(|status| status.phase_transitions.last())
+        .map(|transition| transition.transition_time.0);
+    let over = match (reboot.spec.ttl_seconds_after_finished, finished) {
+        (Some(ttl), Some(finished)) => Timestamp::now().as_second() - finished.as_second() >= ttl,
+        _ => false,
+    };
+    let guest = Key::new(reboot.key().namespace, reboot.spec.guest_name.clone());
+    let driven = node
+        .in_flight(&guest)
+        .is_some_and(|there| there.uid == reboot.uid());
+    if (over || reboot.is_deleting()) && !driven {
+        tracing::info!(reboot = %reboot.key(), "removed");
+        if let Err(error) = node.objects.reboot_gone(&reboot.key(), &reboot.uid()) {
+            tracing::error!(reboot = %reboot.key(), %error, "the reboot could not be removed");
+        }
+    }
+}
+
+fn start(node: &Arc<Node>, guest: Key, reboot: Key, operation: Operation, recovered: bool) {
+    let in_flight = InFlight {
+        reboot: reboot.clone(),
+        uid: operation.uid.clone(),
+        phase: operation.phase(),
+    };
+    if let Some(there) = node.begin(&guest, in_flight) {
+        tracing::warn!(reboot = %reboot, other = %there.reboot, "two operations on one guest; this one waits");
+        return;
+    }
+    let driver = Driver {
+        node: node.clone(),
+        guest: guest.clone(),
+        reboot: reboot.clone(),
+    };
+    let spawned = std::thread::Builder::new()
+        .name(format!("reboot {reboot}"))
+        .spawn(move || driver.run(operation, recovered));
+    if let Err(error) = spawned {
+        tracing::error!(reboot = %reboot, %error, "no thread for the operation; it is tried again");
+        node.end(&guest);
+    }
+}
+
+struct Driver {
+    node: Arc<Node>,
+    guest: Key,
+    reboot: Key,
+}
+
+impl Driver {
+    fn run(self, operation: Operation, recovered: bool) {
+        let reporter = Reporter::start(&self.node, &self.guest, &self.reboot);
+        let halt = Arc::new(Mutex::new(HaltAt::new(
+            &self.node.config.state_dir,
+            operation.step,
+        )));
+        let mut journal = HaltingJournal {
+            journal: self.node.journal.clone(),
+            halt: halt.clone(),
+        };
+        let mut report = Reporting {
+            reporter: reporter.clone(),
+            halt,
+            step: None,
+        };
+        let mut world = World::new(self.node.clone(), self.guest.clone(), self.reboot.clone());
+        let end = run(operation, recovered, &mut world, &mut journal, &mut report);
+        reporter.finish();
+        if let Run::Finished(operation) = end {
+            if let Some(verdict) = &operation.verdict {
+                tracing::info!(
+                    guest = %self.guest,
+                    reboot = %self.reboot,
+                    phase = %verdict.phase,
+                    reason = verdict.reason,
+                    interruption_ms = operation.result.interruption_milliseconds,
+                    "{}",
+                    verdict.message
+                );
+            }
+            finish(&self.node, &operation);
+        }
+        self.node.end(&self.guest);
+    }
+}
+
+/// Makes the end of an operation durable in its object, then forgets its record: an agent that dies in
+/// between does both again.
+fn finish(node: &Node, operation: &Operation) {
+    let Some(reboot) = key(&operation.name) else {
+        return;
+    };
+    if let Err(error) = write_status(node, &reboot, operation, true) {
+        tracing::error!(reboot = %reboot, error, "the end of the operation could not be told; its record stays");
+        return;
+    }
+    if let Err(error) = node.journal.remove(&operation.uid) {
+        tracing::error!(reboot = %reboot, %error, "the record of the operation stays");
+    }
+}
+
+fn write_status(node: &Node, reboot: &Key, operation: &Operation, durable: bool) -> Result<(), String> {
+    let generation = match node.objects.reboot(reboot) {
+        Ok(Some(object)) => object.generation(),
+        Ok(None) => return Ok(()),
+        Err(error) => return Err(error.to_string()),
+    };
+    node.objects
+        .report_reboot(reboot, &operation.uid, durable, &mut |status| {
+            status::update(status, operation, generation, host::moment());
+        })
+        .map_err(|error| error.to_string())
+}
+
+/// Writes status on a thread of its own, so that no write is on the path of a cutover: the newest state
+/// counts, phases at once and durably, progress now and then.
+#[derive(Clone)]
+struct Reporter {
+    shared: Arc<Latest>,
+    thread: Arc<Mutex<Option<std::thread::JoinHandle<()>>>>,
+    node: Arc<Node>,
+    guest: Key,
+}
+
+#[derive(Default)]
+struct Latest {
+    state: Mutex<(Option<Operation>, bool)>,
+    changed: Condvar,
+}
+
+impl Reporter {
+    fn start(node: &Arc<Node>, guest: &Key, reboot: &Key) -> Reporter {
+        let shared = Arc::new(Latest::default());
+        let thread = std::thread::Builder::new()
+            .name(format!("report {reboot}"))
+            .spawn({
+                let (shared, node, reboot) = (shared.clone(), node.clone(), reboot.clone());
+                move || Reporter::write(&shared, &node, &reboot)
+            });
+        if let Err(error) = &thread {
+            tracing::error!(reboot = %reboot, %error, "no thread for the status; only the end is told");
+        }
+        Reporter {
+            shared,
+            thread: Arc::new(Mutex::new(thread.ok())),
+            node: node.clone(),
+            guest: guest.clone(),
+        }
+    }
+
+    fn put(&self, operation: &Operation) {
+        self.node.note_phase(&self.guest, operation.phase());
+        let mut state = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.0 = Some(operation.clone());
+        self.shared.changed.notify_one();
+    }
+
+    fn finish(&self) {
+        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner).1 = true;
+        self.shared.changed.notify_one();
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            let _ = thread.join();
+        }
+    }
+
+    fn write(shared: &Latest, node: &Node, reboot: &Key) {
+        let mut written: Option<(Phase, Instant)> = None;
+        loop {
+            let (operation, finished) = {
+                let state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut state = shared
+                    .changed
+                    .wait_while(state, |(operation, finished)| operation.is_none() && !*finished)
+                    .unwrap_or_else(PoisonError::into_inner);
+                // What changed within a phase may wait for more of it.
+                let same_phase = |operation: &Option<Operation>| {
+                    operation.as_ref().map(Operation::phase) == written.map(|(phase, _)| phase)
+                };
+                if let Some((_, when)) = written.filter(|_| same_phase(&state.0)) {
+                    let left = PROGRESS.saturating_sub(when.elapsed());
+                    (state, _) = shared
+                        .changed
+                        .wait_timeout_while(state, left, |(operation, finished)| {
+                            same_phase(operation) && !*finished
+                        })
+                        .unwrap_or_else(PoisonError::into_inner);
+                }
+                (state.0.take(), state.1)
+            };
+            if let Some(operation) = operation {
+                let phase = operation.phase();
+                let durable = written.is_none_or(|(before, _)| before != phase) && !operation.step.is_held();
+                if let Err(error) = write_status(node, reboot, &operation, durable) {
+                    tracing::error!(reboot = %reboot, error, "the status could not be written");
+                }
+                written = Some((phase, Instant::now()));
+            } else if finished {
+                return;
+            }
+        }
+    }
+}
+
+struct Reporting {
+    reporter: Reporter,
+    halt: Arc<Mutex<HaltAt>>,
+    step: Option<Step>,
+}
+
+impl Report for Reporting {
+    fn progress(&mut self, operation: &Operation) {
+        if self.step != Some(operation.step) {
+            let Moment { boot_us, .. } = host::moment();
+            tracing::info!(
+                guest = operation.guest,
+                reboot = operation.name,
+                step = ?operation.step,
+                phase = %operation.phase(),
+                boot_us,
+                "step"
+            );
+            self.step = Some(operation.step);
+        }
+        if let Some(trouble) = &operation.trouble {
+            tracing::warn!(guest = operation.guest, reboot = operation.name, step = ?operation.step, count = trouble.count, "{}", trouble.message);
+        }
+        self.reporter.put(operation);
+        let mut halt = self.halt.lock().unwrap_or_else(PoisonError::into_inner);
+        halt.left(operation.step);
+        halt.entered(operation.step);
+    }
+
+    fn journal_trouble(&mut self, operation: &Operation, error: &str) {
+        tracing::error!(
+            guest = operation.guest,
+            reboot = operation.name,
+            error,
+            "the journal could not be written"
+        );
+    }
+}
+
+struct HaltingJournal {
+    journal: Directory,
+    halt: Arc<Mutex<HaltAt>>,
+}
+
+impl Journal for HaltingJournal {
+    fn write(&mut self, operation: &Operation) -> Result<(), JournalError> {
+        self.halt
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .left(operation.step);
+        self.journal.write(operation)
+    }
+}
+
+/// Fault injection for tests: where the file `<stateDir>/halt-at` holds `STEP:before` or `STEP:after`, the
+/// agent kills itself (SIGKILL) there, once: before the step's effect, or after it and before anything is
+/// recorded of it. The file is removed first.
+struct HaltAt {
+    file: PathBuf,
+    current: Step,
+}
+
+impl HaltAt {
+    fn new(state_dir: &Path, current: Step) -> HaltAt {
+        HaltAt {
+            file: state_dir.join("halt-at"),
+            current,
+        }
+    }
+
+    fn entered(&mut self, step: Step) {
+        self.current = step;
+        self.check(step, "before");
+    }
+
+    fn left(&mut self, next: Step) {
+        if next != self.current {
+            self.check(self.current, "after");
+        }
+    }
+
+    fn check(&self, step: Step, when: &str) {
+        let Ok(text) = std::fs::read_to_string(&self.file) else {
+            return;
+        };
+        if text.trim() != format!("{step:?}:{when}") {
+            return;
+        }
+        tracing::error!(?step, when, "halting, as {} asks", self.file.display());
+        let _ = crate::durable::remove(&self.file);
+        let me = rustix::process::getpid();
+        let _ = rustix::process::kill_process(me, rustix::process::Signal::KILL);
+    }
+}

@@ -1,0 +1,106 @@
+//! What the guest manager and the engines need of whoever holds the objects: the stand-alone store today,
+//! an API server tomorrow. They get specs and report status through this and nothing else.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use understudy_api::{Guest, GuestStatus, SeamlessReboot, SeamlessRebootStatus};
+
+use super::objects::{Key, Store, StoreError};
+
+/// Where specs come from and status goes. Deletion is asked for by a deletion time; an object that is
+/// absent asks for nothing.
+pub trait Objects: Send + Sync {
+    /// All guests of this node.
+    fn guests(&self) -> Vec<Guest>;
+    /// One guest.
+    fn guest(&self, key: &Key) -> Result<Option<Guest>, StoreError>;
+    /// All reboots of guests of this node.
+    fn reboots(&self) -> Vec<SeamlessReboot>;
+    /// One reboot.
+    fn reboot(&self, key: &Key) -> Result<Option<SeamlessReboot>, StoreError>;
+    /// Changes the status of the guest with this UID; `durable` where it must survive a power cut.
+    fn report_guest(
+        &self,
+        key: &Key,
+        uid: &str,
+        durable: bool,
+        change: &mut dyn FnMut(&mut GuestStatus),
+    ) -> Result<(), StoreError>;
+    /// Changes the status of the reboot with this UID.
+    fn report_reboot(
+        &self,
+        key: &Key,
+        uid: &str,
+        durable: bool,
+        change: &mut dyn FnMut(&mut SeamlessRebootStatus),
+    ) -> Result<(), StoreError>;
+    /// A guest that was being deleted is gone.
+    fn guest_gone(&self, key: &Key, uid: &str) -> Result<(), StoreError>;
+    /// A reboot that was being deleted, or whose time to live is over, is gone.
+    fn reboot_gone(&self, key: &Key, uid: &str) -> Result<(), StoreError>;
+    /// Makes a reboot in a guest's name; nothing where it exists.
+    fn make_reboot(&self, reboot: &SeamlessReboot) -> Result<(), StoreError>;
+    /// Waits until something may have changed, at most for `limit`; `seen` is what the last call returned.
+    fn wait(&self, seen: u64, limit: Duration) -> u64;
+    /// Wakes who waits.
+    fn wake(&self);
+}
+
+impl Objects for Store {
+    fn guests(&self) -> Vec<Guest> {
+        self.list()
+    }
+
+    fn guest(&self, key: &Key) -> Result<Option<Guest>, StoreError> {
+        self.get(key)
+    }
+
+    fn reboots(&self) -> Vec<SeamlessReboot> {
+        self.list()
+    }
+
+    fn reboot(&self, key: &Key) -> Result<Option<SeamlessReboot>, StoreError> {
+        self.get(key)
+    }
+
+    fn report_guest(
+        &self,
+        key: &Key,
+        uid: &str,
+        durable: bool,
+        change: &mut dyn FnMut(&mut GuestStatus),
+    ) -> Result<(), StoreError> {
+        self.update_status::<Guest>(key, uid, durable, change)
+    }
+
+    fn report_reboot(
+        &self,
+        key: &Key,
+        uid: &str,
+        durable: bool,
+        change: &mut dyn FnMut(&mut SeamlessRebootStatus),
+    ) -> Result<(), StoreError> {
+        self.update_status::<SeamlessReboot>(key, uid, durable, change)
+    }
+
+    fn guest_gone(&self, key: &Key, uid: &str) -> Result<(), StoreError> {
+        self.remove::<Guest>(key, uid)
+    }
+
+    fn reboot_gone(&self, key: &Key, uid: &str) -> Result<(), StoreError> {
+        self.remove::<SeamlessReboot>(key, uid)
+    }
+
+    fn make_reboot(&self, reboot: &SeamlessReboot) -> Result<(), StoreError> {
+        self.apply(reboot, Timestamp::now()).map(drop)
+    }
+
+    fn wait(&self, seen: u64, limit: Duration) -> u64 {
+        Store::wait(self, seen, limit)
+    }
+
+    fn wake(&self) {
+        self.ring();
+    }
+}
