@@ -139,7 +139,8 @@ mod tests {
         assert!(text.contains("KillMode=process"));
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("node.yaml");
-        let settings = EXAMPLE.lines().filter(|line| !line.starts_with("# "));
+        let is_prose = |line: &&str| line.starts_with("# ") && line[2..].starts_with(char::is_uppercase);
+        let settings = EXAMPLE.lines().filter(|line| !is_prose(line));
         let uncommented = settings
             .map(|line| line.replacen('#', "", 1) + "\n")
             .collect::<String>();
