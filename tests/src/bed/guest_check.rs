@@ -12,7 +12,7 @@ use super::{Images, NetNs, cache_dir, wait_until};
 
 const MAC: &str = "52:54:00:77:00:99";
 const TAP: &str = "guest0";
-const BOOT_LIMIT: Duration = Duration::from_secs(240);
+const BOOT_LIMIT: Duration = Duration::from_secs(480);
 const POLL: Duration = Duration::from_millis(200);
 
 /// A process that is ended when nobody looks after it any more.

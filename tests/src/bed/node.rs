@@ -12,7 +12,7 @@ use super::netns::run;
 use super::{GATEWAY, Images, NetNs, Qmp, Ssh, cache_dir, wait_until};
 
 /// A node boots in 15 to 25 s on an idle machine; emulation beside a busy build takes longer.
-const BOOT_LIMIT: Duration = Duration::from_secs(240);
+const BOOT_LIMIT: Duration = Duration::from_secs(480);
 const STOP_LIMIT: Duration = Duration::from_secs(90);
 const POLL: Duration = Duration::from_millis(200);
 

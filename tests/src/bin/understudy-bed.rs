@@ -122,6 +122,8 @@ fn node(node: &Node, command: NodeCommand, bin: &std::path::Path) -> Result<()> 
     match command {
         NodeCommand::Up { fresh, cpus, memory } => {
             let started = Instant::now();
+            // Who runs on it shall not have it made anew under their feet.
+            let _lock = node.lock()?;
             let images = Images::build(bin, &["node"])?;
             let options = NodeOptions {
                 cpus,

@@ -15,7 +15,7 @@ const MAC: &str = "52:54:00:77:02:01";
 const TAP: &str = "e2evmm0";
 const UNIT: &str = "e2e-vmm";
 /// 25 s on an idle machine.
-const BOOT_LIMIT: Duration = Duration::from_secs(240);
+const BOOT_LIMIT: Duration = Duration::from_secs(480);
 const STOP_LIMIT: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(500);
 
