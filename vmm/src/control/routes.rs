@@ -2,7 +2,7 @@
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use understudy_vmm_control::api::ConsoleTail;
+use understudy_vmm_control::api::{ConsoleTail, PrepareSplit, Split};
 
 use super::http::Request;
 use super::server::error_body;
@@ -40,6 +40,15 @@ pub fn handle(supervisor: &Supervisor, request: &Request) -> (u16, Vec<u8>) {
         ("PUT", ["v1", "activate"]) => body(request)
             .and_then(|activate| supervisor.activate(&activate))
             .and_then(|report| answer(&report)),
+        ("PUT", ["v1", "disks", disk, "prepare-split"]) => body::<PrepareSplit>(request)
+            .and_then(|prepare| supervisor.prepare_split(disk, &prepare))
+            .and_then(|()| answer(&Empty {})),
+        ("PUT", ["v1", "disks", disk, "split"]) => body::<Split>(request)
+            .and_then(|split| supervisor.split(disk, &split))
+            .and_then(|report| answer(&report)),
+        ("PUT", ["v1", "disks", disk, "merge"]) => body::<Empty>(request)
+            .and_then(|_| supervisor.merge(disk))
+            .and_then(|info| answer(&info)),
         (method, _) => Err(OperationError::NotFound(format!(
             "{method} {} is not a route of this API; GET /v1/vm is one",
             request.path

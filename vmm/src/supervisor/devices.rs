@@ -129,6 +129,13 @@ impl Devices {
         }
     }
 
+    /// Stops merges that run; they can be continued.
+    pub fn stop_merges(&self) {
+        for disk in &self.disks {
+            disk.stop_merge();
+        }
+    }
+
     /// Makes completed writes durable.
     pub fn flush(&self) -> io::Result<()> {
         self.disks.iter().try_for_each(|disk| disk.flush())

@@ -5,6 +5,7 @@
 //! can be stopped while it is held.
 
 pub mod devices;
+mod disks;
 pub mod fence;
 mod lease;
 mod operations;
@@ -303,10 +304,11 @@ impl Supervisor {
     /// Ends vCPUs and devices, and makes written data durable.
     fn halt(&self, inner: &mut Inner) {
         stop_machine(inner);
-        if let Some(devices) = &inner.devices
-            && let Err(error) = devices.flush()
-        {
-            tracing::error!(%error, "flushing the disks");
+        if let Some(devices) = &inner.devices {
+            devices.stop_merges();
+            if let Err(error) = devices.flush() {
+                tracing::error!(%error, "flushing the disks");
+            }
         }
     }
 

@@ -36,11 +36,11 @@ pub enum OperationError {
     Failed(String),
 }
 
-fn conflict(message: impl Into<String>) -> OperationError {
+pub(super) fn conflict(message: impl Into<String>) -> OperationError {
     OperationError::Conflict(message.into())
 }
 
-fn failed(error: impl std::fmt::Display) -> OperationError {
+pub(super) fn failed(error: impl std::fmt::Display) -> OperationError {
     OperationError::Failed(error.to_string())
 }
 
@@ -178,7 +178,7 @@ impl Supervisor {
         }
     }
 
-    fn must_run(&self, inner: &Inner, operation: &str) -> Result<(), OperationError> {
+    pub(super) fn must_run(&self, inner: &Inner, operation: &str) -> Result<(), OperationError> {
         match inner.state {
             VmState::Running | VmState::Paused => Ok(()),
             state => Err(conflict(format!(
@@ -194,6 +194,10 @@ impl Supervisor {
             return self.commit_again(&inner, commit);
         }
         self.must_run(&inner, "commit")?;
+        if let Some(devices) = &inner.devices {
+            // A merge that ends replaces owner.json as well.
+            devices.stop_merges();
+        }
         let current = self.check_commit(&inner, commit)?;
         let next = Owner {
             version: OWNER_VERSION,

@@ -159,7 +159,12 @@ impl Guest {
         .unwrap();
     }
 
-    /// The configuration of an incarnation; the clone has a disk of its own, as its layer would be.
+    /// Reads `owner.json`.
+    pub fn owner(&self) -> Owner {
+        Owner::read(&self.state_dir()).unwrap().unwrap()
+    }
+
+    /// The configuration of an incarnation.
     pub fn config(&self, incarnation: u64, role: &str, cmdline: &str) -> serde_json::Value {
         let at = |name: &str| self.path(&format!("{incarnation}-{name}")).display().to_string();
         json!({

@@ -3,10 +3,9 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
-use crate::common::{Guest, have_kvm, wait};
-use understudy_vmm_control::api::{Activate, Commit, Gates, HoldRequest, VmState};
+use crate::common::{Guest, Vmm, have_kvm, wait};
+use understudy_vmm_control::api::{Activate, Commit, Gates, HoldRequest, PrepareSplit, Split, VmState};
 use understudy_vmm_control::client::{Client, ClientError};
-use understudy_vmm_control::owner::Owner;
 use uuid::Uuid;
 
 const ALL: Gates = Gates {
@@ -66,7 +65,32 @@ fn a_lease_that_runs_out_lets_the_guest_go_on() {
         block_writes: 0,
     };
     assert_eq!(status(vmm.client.commit(&commit).unwrap_err()), 409);
-    assert_eq!(Owner::read(&guest.state_dir()).unwrap().unwrap().incarnation, 1);
+    assert_eq!(guest.owner().incarnation, 1);
+}
+
+/// A guest that was split, and its clone, booted on its own layer.
+fn split_and_clone(guest: &Guest) -> (Vmm, Vmm, Uuid) {
+    let old = guest.start(&guest.config(1, "Active", "l"));
+    let (guest_layer, clone_layer) = (Uuid::new_v4(), Uuid::new_v4());
+    let prepare = PrepareSplit {
+        guest_layer,
+        clone_layer,
+    };
+    old.client.prepare_split("root", &prepare).unwrap();
+    old.client.prepare_split("root", &prepare).unwrap();
+    assert_eq!(guest.owner().layer, Some(guest_layer));
+    let mut config = guest.config(2, "Clone", "l");
+    config["disks"][0]["layer"] = serde_json::json!(clone_layer);
+    let new = guest.start(&config);
+    assert_eq!(new.info().state, VmState::Prepared);
+    assert_eq!(new.info().boots, 0);
+    old.client.split("root", &Split { guest_layer }).unwrap();
+    assert_eq!(old.info().disks[0].layers, vec![guest_layer]);
+    new.client.vm("boot").unwrap();
+    new.client.vm("boot").unwrap();
+    assert_eq!(new.info().disks[0].layers, vec![clone_layer]);
+    new.makes_progress();
+    (old, new, clone_layer)
 }
 
 #[test]
@@ -75,28 +99,26 @@ fn a_commit_is_refused_unless_everything_holds_and_moves_the_guest_when_it_does(
         return;
     }
     let guest = Guest::new();
-    let old = guest.start(&guest.config(1, "Active", "l"));
-    let mut config = guest.config(2, "Clone", "l");
-    // What stands for the clone's layer here: a disk of its own beside the same fence.
-    config["disks"] = serde_json::json!([
-        { "name": "root", "role": "Root", "source": guest.path("disk.raw"), "readOnly": true },
-    ]);
-    let new = guest.start(&config);
-    assert_eq!(new.info().state, VmState::Prepared);
-    assert!(!new.info().owner);
+    let (mut old, mut new, clone_layer) = split_and_clone(&guest);
     let activate = Activate {
         epoch: 2,
         open_taps: false,
     };
+    assert!(!new.info().owner);
     assert_eq!(status(new.client.activate(&activate).unwrap_err()), 409);
 
-    let written = hold(&old.client, 60_000).unwrap();
     let commit = Commit {
         epoch: 2,
         incarnation: 2,
-        layer: Uuid::new_v4(),
-        block_writes: written,
+        layer: clone_layer,
+        block_writes: old.info().counters.block_writes,
     };
+    assert_eq!(
+        status(old.client.commit(&commit).unwrap_err()),
+        409,
+        "gates are open"
+    );
+    let written = hold(&old.client, 60_000).unwrap();
     for (wrong, expected) in [
         (
             Commit {
@@ -122,18 +144,67 @@ fn a_commit_is_refused_unless_everything_holds_and_moves_the_guest_when_it_does(
     ] {
         assert_eq!(status(old.client.commit(&wrong).unwrap_err()), expected);
     }
-    assert_eq!(Owner::read(&guest.state_dir()).unwrap().unwrap().epoch, 1);
+    assert_eq!(guest.owner().epoch, 1);
 
     old.client.commit(&commit).unwrap();
     old.client.commit(&commit).unwrap();
-    let owner = Owner::read(&guest.state_dir()).unwrap().unwrap();
+    let owner = guest.owner();
     assert_eq!((owner.epoch, owner.incarnation), (2, 2));
-    assert_eq!(owner.layer, Some(commit.layer));
+    assert_eq!(owner.layer, Some(clone_layer));
     assert_eq!(old.info().state, VmState::Dormant);
     assert!(!old.info().owner);
     assert_eq!(old.info().gates, ALL);
     assert_eq!(status(old.client.release().unwrap_err()), 409);
     assert_eq!(status(hold(&old.client, 1).unwrap_err()), 409);
+
+    let report = new.client.activate(&activate).unwrap();
+    assert_eq!(new.client.activate(&activate).unwrap(), report);
+    assert!(new.info().owner);
+    new.makes_progress();
+
+    // The dormant goes, and the clone is a guest like any other: it restarts as the owner, and its layer
+    // becomes the source file again.
+    old.client.vm("stop").unwrap();
+    assert!(old.end().success(), "{}", old.stderr());
+    new.client.vm("stop").unwrap();
+    assert!(new.end().success(), "{}", new.stderr());
+    let again = guest.start(&guest.config(2, "Active", "l"));
+    assert_eq!(again.info().disks[0].layers, vec![clone_layer]);
+    again.client.merge("root").unwrap();
+    wait("the layer is merged", || {
+        again.info().disks[0].layers.is_empty() && guest.owner().layer.is_none()
+    });
+    assert_eq!(guest.owner().epoch, 2);
+    again.makes_progress();
+}
+
+#[test]
+fn a_clone_whose_guest_was_not_committed_never_owns_it() {
+    if !have_kvm() {
+        return;
+    }
+    let guest = Guest::new();
+    let (old, new, _) = split_and_clone(&guest);
+    let activate = Activate {
+        epoch: 1,
+        open_taps: true,
+    };
+    assert_eq!(status(new.client.activate(&activate).unwrap_err()), 409);
+    drop(old);
+    // Even when the guest's VMM is dead: owner.json does not name the clone.
+    assert_eq!(status(new.client.activate(&activate).unwrap_err()), 409);
+    assert!(!new.info().owner);
+    let disk = new.client.prepare_split(
+        "root",
+        &PrepareSplit {
+            guest_layer: Uuid::new_v4(),
+            clone_layer: Uuid::new_v4(),
+        },
+    );
+    assert_eq!(status(disk.unwrap_err()), 409);
+    // The guest starts again on its own layer.
+    let again = guest.start(&guest.config(1, "Active", "l"));
+    again.makes_progress();
 }
 
 #[test]
