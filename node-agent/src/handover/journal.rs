@@ -190,3 +190,7 @@ fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Journa
     let path = path.to_owned();
     move |source| JournalError::Io { action, path, source }
 }
+
+#[cfg(test)]
+#[path = "journal_test.rs"]
+mod tests;

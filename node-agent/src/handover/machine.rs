@@ -482,3 +482,7 @@ pub(super) fn forward_patience(operation: &Operation) -> i64 {
 fn clamp(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
+
+#[cfg(test)]
+#[path = "machine_test.rs"]
+mod tests;

@@ -18,3 +18,6 @@ pub use driver::{Run, run};
 pub use effects::{EffectError, Effected, Effects, ErrorKind, Report};
 pub use plan::Plan;
 pub use record::{Moment, Operation, Step, Verdict};
+
+#[cfg(test)]
+mod sim;

@@ -1,0 +1,586 @@
+//! The effects as this world has them: commands with latency, crash points before, within and after each.
+
+use std::panic::resume_unwind;
+
+use understudy_api::conditions::reasons;
+use understudy_api::reboot::{FailedUnit, Remains, StartedUnit};
+use understudy_vmm_control::owner::Owner;
+
+use super::super::effects::{
+    Activation, CloneBoot, EffectError, Effected, Effects, ErrorKind, Preflight, Round, Sealed, SplitOutcome,
+};
+use super::super::record::{Moment, Operation};
+use super::machines::{Answer, Command, GateSet, No};
+use super::mutations::Mutation;
+use super::world::*;
+
+/// Thrown where the agent dies.
+pub struct Crash;
+
+pub const NEW_KERNEL: &str = "6.1.0-56";
+pub const OLD_KERNEL: &str = "6.1.0-50";
+
+pub fn moment(now: i64) -> Moment {
+    Moment {
+        unix_us: 1_700_000_000 * SECOND + now,
+        boot_us: now,
+    }
+}
+
+fn retry<T>(message: &str) -> Effected<T> {
+    Err(EffectError::new(ErrorKind::Retry, message))
+}
+
+fn clone_gone<T>() -> Effected<T> {
+    Err(EffectError::new(
+        ErrorKind::CloneGone,
+        "the clone's VMM has ended",
+    ))
+}
+
+impl Shared {
+    /// Counts a crash point; true where the agent dies.
+    pub fn is_end(&self) -> bool {
+        self.crash_points.set(self.crash_points.get() + 1);
+        self.power_lost.get() || self.crash_at.borrow().contains(&self.crash_points.get())
+    }
+
+    pub fn crash(&self) -> ! {
+        self.power_lost.set(false);
+        self.trace.borrow_mut().push(Event::AgentCrashed);
+        resume_unwind(Box::new(Crash))
+    }
+}
+
+impl World {
+    /// The agent dies here where the run says so.
+    pub fn crash_point(&mut self) {
+        if self.shared.is_end() {
+            self.shared.crash();
+        }
+    }
+
+    fn latency(&mut self) {
+        let slow = self.now < self.calm_from && self.trouble > 0 && self.rng.chance(40);
+        let micros = if slow {
+            self.rng.range(10 * MS, 400 * MS)
+        } else {
+            self.rng.range(50, 2 * MS)
+        };
+        self.advance(micros);
+    }
+
+    fn in_trouble(&mut self) -> bool {
+        self.now < self.calm_from && self.trouble > 0 && {
+            let permille = self.trouble;
+            self.rng.chance(permille)
+        }
+    }
+
+    /// Sends one command and waits for its answer. The agent may die while it is on its way: it is lost,
+    /// carried out, or carried out later; the same may happen without a crash, as a timeout.
+    fn send(&mut self, command: Command) -> Effected<Answer> {
+        if !is_for_vmm(&command) {
+            // A new session with a guest agent takes the place of the older one.
+            let late = std::mem::take(&mut self.late);
+            for (at, old) in late {
+                if is_for_vmm(&old) {
+                    self.late.push((at, old));
+                } else if self.rng.chance(500) {
+                    let _ = self.execute(&old);
+                }
+            }
+        }
+        self.crash_point();
+        self.latency();
+        let fate = self.rng.below(3);
+        let dies = self.shared.is_end();
+        if dies || self.in_trouble() {
+            match fate {
+                0 => {}
+                1 => {
+                    let _ = self.execute(&command);
+                }
+                _ => {
+                    let at = self.now + self.rng.range(MS, 900 * MS);
+                    self.late.push((at, command));
+                }
+            }
+            if dies {
+                self.shared.crash();
+            }
+            self.advance(30 * MS);
+            return retry("no answer in time");
+        }
+        let answer = self.execute(&command);
+        self.crash_point();
+        answer.or_else(|no| match no {
+            No::Gone if is_for_clone(&command) => clone_gone(),
+            No::Gone => Err(EffectError::new(
+                ErrorKind::GuestGone,
+                "the guest's VMM has ended",
+            )),
+            No::Silent => {
+                self.advance(50 * MS);
+                retry("the guest agent does not answer")
+            }
+            No::Conflict => Err(EffectError::new(
+                ErrorKind::Refused,
+                format!("{command:?} was refused"),
+            )),
+        })
+    }
+
+    fn owns(&self, operation: &Operation) -> Effected<()> {
+        if self.guest.alive && self.guest.incarnation == operation.guest_incarnation() {
+            Ok(())
+        } else {
+            Err(EffectError::new(
+                ErrorKind::GuestGone,
+                "the guest's VMM is another one",
+            ))
+        }
+    }
+
+    fn hold(&mut self, gates: GateSet, lease_ms: u64) -> Effected<Answer> {
+        let lease = i64::try_from(lease_ms).unwrap() * MS;
+        self.send(Command::Hold { gates, lease }).map_err(|mut error| {
+            // A VMM that is dormant holds nothing: the commit was made by an earlier try.
+            if error.kind == ErrorKind::Refused {
+                error.kind = ErrorKind::Lapsed;
+            }
+            error
+        })
+    }
+
+    /// What an export would send now.
+    fn dirty(&mut self, applied: u64, last: bool) -> Option<Vec<usize>> {
+        let mapped = self.guest.cache[MAPPED];
+        let filter = self.guest.filter.as_mut()?;
+        filter.sent.retain(|round, _| *round > applied);
+        let mut dirty = filter.pending.clone();
+        dirty.extend(filter.sent.values().flatten());
+        if last && filter.mapped != Some(mapped) {
+            dirty.insert(MAPPED);
+        }
+        Some(dirty.into_iter().collect())
+    }
+}
+
+fn is_for_vmm(command: &Command) -> bool {
+    matches!(
+        command,
+        Command::PrepareSplit
+            | Command::Split
+            | Command::Hold { .. }
+            | Command::Release
+            | Command::Commit { .. }
+            | Command::GiveNetwork
+            | Command::BootClone
+            | Command::ActivateClone { .. }
+    )
+}
+
+fn is_for_clone(command: &Command) -> bool {
+    matches!(
+        command,
+        Command::BootClone | Command::ActivateClone { .. } | Command::ActivateAgent
+    )
+}
+
+impl Effects for World {
+    fn now(&mut self) -> Moment {
+        moment(self.now)
+    }
+
+    fn wait(&mut self, until: Moment) {
+        self.crash_point();
+        if self.calm {
+            assert!(self.guest.serves(), "the guest is held while the engine waits");
+        }
+        self.advance_to(until.boot_us);
+    }
+
+    fn abort_requested(&mut self, _: &Operation) -> Option<String> {
+        self.abort.then(|| "it was deleted".to_owned())
+    }
+
+    fn must_stop(&mut self) -> bool {
+        self.stop
+    }
+
+    fn preflight(&mut self, _: &Operation) -> Effected<Preflight> {
+        self.crash_point();
+        self.latency();
+        if !self.guest.alive {
+            return Err(EffectError::new(ErrorKind::Refused, "the guest does not run"));
+        }
+        if self.in_trouble() {
+            return retry("the guest agent is not connected");
+        }
+        Ok(Preflight {
+            incarnation: self.owner.incarnation,
+            epoch: self.owner.epoch,
+            boot_id: "before".to_owned(),
+            kernel_release: OLD_KERNEL.to_owned(),
+            booted_at: 1,
+            failed_units: vec!["known.service".to_owned()],
+        })
+    }
+
+    fn confirm(&mut self, operation: &Operation) -> Effected<()> {
+        self.owns(operation)?;
+        self.send(Command::Confirm).map(|_| ())
+    }
+
+    fn prepare_split(&mut self, operation: &Operation) -> Effected<()> {
+        self.owns(operation)?;
+        self.send(Command::PrepareSplit).map(|_| ())
+    }
+
+    fn prepare_clone(&mut self, operation: &Operation) -> Effected<()> {
+        self.crash_point();
+        if self.clone.is_none() {
+            self.clone = Some(Clone {
+                incarnation: operation.clone_incarnation(),
+                booted: None,
+                ready_at: i64::MAX,
+                cache: [0; FILES],
+                active: false,
+                agent_active: false,
+                has_tap: false,
+            });
+            self.note(Event::CloneStarted);
+        }
+        self.crash_point();
+        self.latency();
+        if self.in_trouble() {
+            return retry("the VMM's control socket does not answer");
+        }
+        Ok(())
+    }
+
+    fn split(&mut self, operation: &Operation) -> Effected<SplitOutcome> {
+        self.owns(operation)?;
+        let _ = self.send(Command::Sync)?;
+        let _ = self.send(Command::FreezeFilesystems { watchdog: 100 * MS })?;
+        // Looked at while frozen: a split that was on its way from before may have come until here.
+        let was_split = self.guest.top == GUEST_LAYER;
+        let split = if was_split {
+            Ok(Answer::default())
+        } else {
+            self.send(Command::Split)
+        };
+        let thawed = self.send(Command::ThawFilesystems);
+        let _ = split?;
+        let by_watchdog = thawed?.by_watchdog;
+        if (was_split || by_watchdog) && !self.is(Mutation::TrustAnySplit) {
+            return Ok(SplitOutcome::Unsure {
+                message: "file systems may not have been frozen".to_owned(),
+            });
+        }
+        Ok(SplitOutcome::Done { frozen_us: 900 })
+    }
+
+    fn boot_clone(&mut self, _: &Operation) -> Effected<()> {
+        self.send(Command::BootClone).map(|_| ())
+    }
+
+    fn await_clone_boot(&mut self, _: &Operation) -> Effected<Option<CloneBoot>> {
+        self.crash_point();
+        let Some(ready_at) = self.clone.as_ref().map(|clone| clone.ready_at) else {
+            return clone_gone();
+        };
+        let slice = self.now + SECOND;
+        let hangs = self.boot_fate == BootFate::Hangs;
+        self.advance_to(if hangs { slice } else { ready_at.min(slice) });
+        self.crash_point();
+        if self.clone.is_none() {
+            return clone_gone();
+        }
+        if ready_at > self.now || hangs {
+            return Ok(None);
+        }
+        if self.boot_fate == BootFate::Panics {
+            self.clone = None;
+            return clone_gone();
+        }
+        self.note(Event::BootNotice);
+        let old = self.boot_fate == BootFate::OldKernel;
+        let mut failed_units = vec!["known.service".to_owned()];
+        if self.boot_fate == BootFate::FailsAUnit {
+            failed_units.push("web.service".to_owned());
+        }
+        Ok(Some(CloneBoot {
+            boot_id: "after".to_owned(),
+            kernel_release: if old { OLD_KERNEL } else { NEW_KERNEL }.to_owned(),
+            booted_at: moment(self.now).unix_us,
+            system_state: "running".to_owned(),
+            failed_units,
+        }))
+    }
+
+    fn integrate(&mut self, operation: &Operation, last: bool, deadline: Option<Moment>) -> Effected<Round> {
+        self.owns(operation)?;
+        let in_time = deadline.is_none_or(|deadline| self.now < deadline.boot_us - 2 * MS);
+        if self.calm && in_time {
+            let frozen = self.guest.userland_frozen.is_some();
+            assert_eq!(
+                frozen, last,
+                "programs are frozen for the last round, and only then"
+            );
+        }
+        if last && self.is(Mutation::NoFinalRound) {
+            return Ok(Round::default());
+        }
+        let compare = last && !self.is(Mutation::FinalRoundLikeAnyOther);
+        self.crash_point();
+        self.latency();
+        if !self.guest.runs() {
+            return retry("the guest agent does not answer");
+        }
+        let Some(files) = self.dirty(operation.applied, compare) else {
+            return Err(
+                EffectError::new(ErrorKind::Refused, "nothing is captured for this operation")
+                    .because(reasons::CAPTURE_LOST),
+            );
+        };
+        let filter = self.guest.filter.as_mut().unwrap();
+        filter.round += 1;
+        let round = filter.round;
+        filter.pending.clear();
+        filter.sent.insert(round, files.iter().copied().collect());
+        let mut sent = Vec::new();
+        for file in files {
+            self.latency();
+            self.crash_point();
+            if !self.guest.runs() {
+                return retry("the export was cut");
+            }
+            let value = self.guest.cache[file];
+            let Some(filter) = &mut self.guest.filter else {
+                return retry("the export was cut");
+            };
+            if file == MAPPED {
+                filter.mapped = Some(value);
+            }
+            sent.push((file, value));
+            if self.in_trouble() {
+                return retry("the session was cut");
+            }
+        }
+        if deadline.is_some_and(|deadline| deadline.boot_us < self.now) {
+            return Err(EffectError::new(ErrorKind::Lapsed, "maxPause is over"));
+        }
+        let Some(clone) = &mut self.clone else {
+            return clone_gone();
+        };
+        for (file, value) in &sent {
+            clone.cache[*file] = *value;
+        }
+        if last {
+            let cache = clone.cache;
+            self.layers.get_mut(&CLONE_LAYER).unwrap().blocks = cache.map(Some);
+        }
+        self.note(Event::Integrated);
+        self.crash_point();
+        if self.in_trouble() {
+            return retry("the answer was lost");
+        }
+        let dirty = self
+            .guest
+            .filter
+            .as_ref()
+            .map_or(0, |filter| filter.pending.len());
+        Ok(Round {
+            round,
+            entries: sent.len() as u64,
+            bytes: 8 * sent.len() as u64,
+            dirty: dirty as u64,
+            conflicts: Vec::new(),
+            conflict_count: 0,
+        })
+    }
+
+    fn hold_ingress(&mut self, operation: &Operation, lease_ms: u64) -> Effected<()> {
+        self.owns(operation)?;
+        self.hold(GateSet::Receive, lease_ms).map(|_| ())
+    }
+
+    fn freeze_userland(&mut self, operation: &Operation, lease_ms: u64) -> Effected<Remains> {
+        self.owns(operation)?;
+        if self.is(Mutation::NoFreeze) {
+            return Ok(Remains::default());
+        }
+        let watchdog = i64::try_from(lease_ms).unwrap() * MS;
+        self.send(Command::FreezeUserland { watchdog })?;
+        Ok(Remains::default())
+    }
+
+    fn seal(&mut self, operation: &Operation, lease_ms: u64) -> Effected<Sealed> {
+        self.owns(operation)?;
+        let answer = self.hold(GateSet::TransmitAndWrite, lease_ms)?;
+        let at = moment(self.now);
+        Ok(Sealed {
+            block_writes: answer.block_writes,
+            at,
+        })
+    }
+
+    fn count_dirty(&mut self, operation: &Operation) -> Effected<u64> {
+        self.owns(operation)?;
+        self.crash_point();
+        self.latency();
+        if !self.guest.runs() {
+            return retry("the guest agent does not answer");
+        }
+        let Some(dirty) = self.dirty(operation.applied, true) else {
+            return Err(EffectError::new(ErrorKind::Refused, "nothing is captured"));
+        };
+        if dirty.is_empty() || self.is(Mutation::NoVerify) {
+            self.verified = Some(self.guest.cache);
+            return Ok(0);
+        }
+        Ok(dirty.len() as u64)
+    }
+
+    fn pause(&mut self, operation: &Operation, lease_ms: u64) -> Effected<()> {
+        self.owns(operation)?;
+        self.hold(GateSet::Vcpus, lease_ms).map(|_| ())
+    }
+
+    fn commit(&mut self, operation: &Operation) -> Effected<()> {
+        self.owns(operation)?;
+        let block_writes = operation.block_writes;
+        self.send(Command::Commit { block_writes }).map(|_| ())
+    }
+
+    fn release(&mut self, operation: &Operation) -> Effected<()> {
+        self.owns(operation)?;
+        if self.is(Mutation::NoRelease) {
+            return Ok(());
+        }
+        self.send(Command::Release).map(|_| ())
+    }
+
+    fn read_owner(&mut self, _: &Operation) -> Effected<Owner> {
+        self.crash_point();
+        let mut owner = self.owner.clone();
+        if self.is(Mutation::OwnerFromMemory) {
+            owner.layer = Some(GUEST_LAYER);
+        }
+        Ok(owner)
+    }
+
+    fn thaw_userland(&mut self, operation: &Operation) -> Effected<()> {
+        self.owns(operation)?;
+        if self.is(Mutation::NoThaw) {
+            return Ok(());
+        }
+        self.send(Command::ThawUserland).map(|_| ())
+    }
+
+    fn thaw_filesystems(&mut self, operation: &Operation) -> Effected<()> {
+        self.owns(operation)?;
+        self.send(Command::ThawFilesystems).map(|_| ())
+    }
+
+    fn end_capture(&mut self, operation: &Operation) -> Effected<()> {
+        self.owns(operation)?;
+        self.send(Command::EndCapture).map(|_| ())
+    }
+
+    fn kill_clone(&mut self, _: &Operation) -> Effected<()> {
+        self.crash_point();
+        if !self.is(Mutation::NoKill) {
+            self.clone = None;
+        }
+        self.crash_point();
+        Ok(())
+    }
+
+    fn discard_clone(&mut self, _: &Operation) -> Effected<()> {
+        self.crash_point();
+        assert!(
+            self.clone.is_none() || self.is(Mutation::NoKill),
+            "the layer of a running clone is removed"
+        );
+        assert_ne!(
+            self.owner.layer,
+            Some(CLONE_LAYER),
+            "the owner's layer is removed"
+        );
+        self.layers.remove(&CLONE_LAYER);
+        self.discarded = true;
+        self.crash_point();
+        Ok(())
+    }
+
+    fn hand_over_network(&mut self, operation: &Operation) -> Effected<()> {
+        self.owns(operation)?;
+        self.send(Command::GiveNetwork).map(|_| ())
+    }
+
+    fn activate_clone(&mut self, _: &Operation, open_taps: bool) -> Effected<()> {
+        self.send(Command::ActivateClone { open_taps }).map(|_| ())
+    }
+
+    fn activate_agent(&mut self, _: &Operation) -> Effected<Activation> {
+        self.send(Command::ActivateAgent)?;
+        Ok(Activation {
+            started: vec![StartedUnit {
+                unit: "cron.service".to_owned(),
+                milliseconds: 12,
+            }],
+            failed: vec![FailedUnit {
+                unit: "mail.service".to_owned(),
+                message: "exit code 1".to_owned(),
+            }],
+            first_frame: Some(moment(self.now)),
+        })
+    }
+
+    fn cold_boot(&mut self, operation: &Operation) -> Effected<()> {
+        self.crash_point();
+        let done =
+            self.guest.alive && !self.guest.dormant && self.owner.incarnation == self.guest.incarnation;
+        if !done {
+            assert!(
+                operation.is_owned_by_clone(&self.owner),
+                "a cold boot of what it does not own"
+            );
+            self.boot_guest();
+        }
+        self.crash_point();
+        Ok(())
+    }
+
+    fn retire(&mut self, operation: &Operation, deadline: Moment) -> Effected<()> {
+        self.crash_point();
+        assert_eq!(
+            deadline,
+            operation
+                .committed_at
+                .unwrap()
+                .plus(operation.plan.retain_dormant)
+        );
+        self.retired = Some(deadline.boot_us);
+        self.note(Event::Retired);
+        self.crash_point();
+        Ok(())
+    }
+}
+
+impl World {
+    /// A cold boot of what `owner.json` names, as the guest manager does it.
+    pub fn boot_guest(&mut self) {
+        self.clone = None;
+        // Every incarnation has sockets of its own.
+        self.late.clear();
+        let top = self.owner.layer.unwrap();
+        self.owner.epoch += 1;
+        self.owner.incarnation += 1;
+        self.guest = Guest::boot(self.owner.incarnation, top, self.read(top), self.now);
+        self.settle();
+    }
+}
