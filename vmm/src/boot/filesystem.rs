@@ -1,10 +1,12 @@
 //! The root file system of a disk: an ext4 on the whole disk or in a partition (GPT or MBR).
 
 use std::error::Error;
+use std::io;
 use std::sync::Arc;
 
 use ext4_view::{Ext4, Ext4Error, Ext4Read};
 
+use super::journal::{JournalError, Overlay};
 use crate::block::{Disk, SECTOR};
 
 /// Why a disk has no root file system that we can read.
@@ -18,7 +20,7 @@ pub enum FilesystemError {
         /// Where.
         offset: u64,
         /// Why it failed.
-        source: std::io::Error,
+        source: io::Error,
     },
     /// Nothing there.
     #[error(
@@ -82,7 +84,8 @@ pub fn find_root(disk: &Arc<Disk>) -> Result<Root, FilesystemError> {
 }
 
 fn open(disk: &Arc<Disk>, partition: Partition) -> Result<Ext4, Ext4Error> {
-    Ext4::load(Box::new(Window::new(disk.clone(), partition)))
+    let window = Window::new(disk.clone(), partition).map_err(|error| Ext4Error::Io(Box::new(error)))?;
+    Ext4::load(Box::new(window))
 }
 
 fn read(disk: &Disk, offset: u64, buffer: &mut [u8]) -> Result<(), FilesystemError> {
@@ -195,30 +198,52 @@ const WINDOW: usize = 128 << 10;
 struct Window {
     disk: Arc<Disk>,
     partition: Partition,
+    overlay: Overlay,
     start: u64,
     bytes: Vec<u8>,
 }
 
 impl Window {
-    fn new(disk: Arc<Disk>, partition: Partition) -> Window {
-        Window {
+    fn new(disk: Arc<Disk>, partition: Partition) -> Result<Window, JournalError> {
+        let overlay = Overlay::load(&mut |at, buffer| read_partition(&disk, partition, at, buffer))?;
+        Ok(Window {
             disk,
             partition,
+            overlay,
             start: 0,
             bytes: Vec::new(),
-        }
+        })
     }
 
-    fn fill(&mut self, at: u64) -> std::io::Result<()> {
+    fn fill(&mut self, at: u64) -> io::Result<()> {
         let length = (self.partition.size - at).min(WINDOW as u64);
         self.bytes.resize(length as usize, 0);
-        let result = self.disk.read_at(&mut self.bytes, self.partition.start + at);
+        let (disk, partition) = (&self.disk, self.partition);
+        let result = self.overlay.read(
+            &mut |at, buffer| read_partition(disk, partition, at, buffer),
+            at,
+            &mut self.bytes,
+        );
         if result.is_err() {
             self.bytes.clear();
         }
         self.start = at;
         result
     }
+}
+
+/// Reads within a partition: what a damaged file system names beyond its end is not there.
+fn read_partition(disk: &Disk, partition: Partition, at: u64, buffer: &mut [u8]) -> io::Result<()> {
+    let within = at
+        .checked_add(buffer.len() as u64)
+        .is_some_and(|end| end <= partition.size);
+    if !within {
+        return Err(io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            format!("the file system goes on beyond the end of its partition or disk, at byte {at}"),
+        ));
+    }
+    disk.read_at(buffer, partition.start + at)
 }
 
 impl Ext4Read for Window {

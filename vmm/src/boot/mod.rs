@@ -4,6 +4,7 @@ pub mod acpi;
 pub mod disk;
 mod filesystem;
 mod grub;
+mod journal;
 pub mod linux;
 pub mod smbios;
 mod version;
