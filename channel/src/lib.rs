@@ -7,9 +7,11 @@
 
 pub mod frame;
 pub mod message;
+pub mod validate;
 
 pub use frame::{FrameError, MAX_FRAME, read_frame, write_frame};
 pub use message::*;
+pub use validate::{Invalid, Validate, read_message};
 
 /// vsock port on which the guest agent listens.
 pub const PORT: u32 = 1024;

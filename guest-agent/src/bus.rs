@@ -131,8 +131,10 @@ impl Bus {
         };
         let uid = rustix::process::getuid().as_raw().to_string();
         let hex: String = uid.bytes().map(|b| format!("{b:02x}")).collect();
+        // BEGIN goes along and not after the answer: systemd would read it together with the first message,
+        // and then wait for more before it looks at that.
         bus.stream
-            .write_all(format!("\0AUTH EXTERNAL {hex}\r\n").as_bytes())?;
+            .write_all(format!("\0AUTH EXTERNAL {hex}\r\nBEGIN\r\n").as_bytes())?;
         let mut line = Vec::new();
         while !line.ends_with(b"\r\n") {
             let mut byte = [0u8];
@@ -145,7 +147,6 @@ impl Bus {
         if !line.starts_with(b"OK ") {
             return Err(BusError::Malformed("authentication was refused"));
         }
-        bus.stream.write_all(b"BEGIN\r\n")?;
         Ok(bus)
     }
 

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use understudy_channel::{FrameError, Notice, Refusal, Reply, Request, read_frame, write_frame};
+use understudy_channel::{FrameError, Notice, Refusal, Reply, Request, read_message, write_frame};
 
 use crate::freeze::{Filesystems, Thawed};
 use crate::service::{Agent, lock};
@@ -86,7 +86,7 @@ fn exchange(agent: &Arc<Agent>, id: u64, stream: &mut Stream) -> Result<(), Fram
         agent.sessions.reply(id, &Reply::Notice(notice))?;
     }
     loop {
-        let request: Request = read_frame(stream)?;
+        let request: Request = read_message(stream)?;
         let reply = answer(agent, request);
         if let Reply::Refused(refusal) = &reply {
             warning!("refused: {}", refusal.reason);

@@ -5,7 +5,9 @@ use std::io::{BufReader, Read};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use understudy_channel::{Applied, FrameError, Import, Imported, OnConflict, Refusal, Transfer, read_frame};
+use understudy_channel::{
+    Applied, FrameError, Import, Imported, OnConflict, Refusal, Transfer, read_message,
+};
 
 use crate::apply::{Applier, ApplyError, Settings};
 use crate::filter::{Collect, Filter, FilterError, Spot};
@@ -112,7 +114,7 @@ impl Importer {
         let mut applier = Applier::new(&settings, memory, &self.touched, owners);
         let mut reader = BufReader::with_capacity(128 * 1024, stream);
         let applied = loop {
-            match read_frame(&mut reader)? {
+            match read_message(&mut reader)? {
                 Transfer::Entry(entry) => applier.entry(*entry)?,
                 Transfer::Data { offset, bytes } => applier.data(offset, &bytes)?,
                 Transfer::Hole { offset, length } => applier.hole(offset, length)?,

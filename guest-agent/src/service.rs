@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use understudy_channel::{
-    Activated, Hello, Notice, Purpose, Refusal, VERSION_MAX, VERSION_MIN, Welcome, read_frame, write_frame,
+    Activated, Hello, Notice, Purpose, Refusal, VERSION_MAX, VERSION_MIN, Welcome, read_message, write_frame,
 };
 
 use crate::activate;
@@ -325,7 +325,7 @@ fn accept(agent: &Arc<Agent>, stream: Stream) {
 /// Serves one session to its end.
 pub fn session(agent: &Arc<Agent>, mut stream: Stream) -> Result<(), understudy_channel::FrameError> {
     stream.set_read_timeout(Some(HELLO_TIMEOUT))?;
-    let hello: Hello = read_frame(&mut stream)?;
+    let hello: Hello = read_message(&mut stream)?;
     let version = VERSION_MAX.min(hello.version_max);
     if version < VERSION_MIN || version < hello.version_min {
         let reason = format!(
