@@ -31,7 +31,8 @@ impl<'context> Vmm<'context> {
         let file = format!("{}/vmm.json", context.dir);
         ssh.write(&file, &serde_json::to_string_pretty(config)?)?;
         ssh.run(&format!(
-            "ip link show {TAP} >/dev/null 2>&1 || ip tuntap add {TAP} mode tap vnet_hdr
+            "systemctl stop {UNIT} 2>/dev/null # of a run that was killed
+             ip link show {TAP} >/dev/null 2>&1 || ip tuntap add {TAP} mode tap vnet_hdr
              ip link set {TAP} master br0 up
              systemctl reset-failed {UNIT} 2>/dev/null
              systemd-run --quiet --unit={UNIT} -p StandardError=file:{dir}/vmm.log -p StandardOutput=file:{dir}/vmm.log \
@@ -98,7 +99,7 @@ impl<'context> Vmm<'context> {
 
 impl Drop for Vmm<'_> {
     fn drop(&mut self) {
-        // What cannot be ended here is ended by the next test's start, or reported by it.
+        // What cannot be ended here is ended by the next start.
         let _ = self
             .context
             .ssh()
