@@ -265,18 +265,22 @@ impl World {
         }
     }
 
-    fn merge(&mut self, steps: u32, writes: &[(usize, u64, u64, bool)]) {
+    /// Merges for some steps, with a write or a flush (`None`) of the guest between any two.
+    fn merge(&mut self, steps: u32, writes: &[Option<(usize, u64, u64, bool)>]) {
         let disk = self.disk();
         let mut merger = Merger::new(&disk);
+        merger.checkpoint = 8;
         let mut writes = writes.iter();
         for _ in 0..steps {
             match merger.step() {
                 Ok(Step::More) => {
-                    if let Some(&(window, start, len, zero)) = writes.next() {
-                        self.write(window, start, len, zero);
-                        if !Arc::ptr_eq(&disk, &self.disk()) {
-                            return;
-                        }
+                    match writes.next() {
+                        Some(&Some((window, start, len, zero))) => self.write(window, start, len, zero),
+                        Some(None) => self.flush(),
+                        None => {}
+                    }
+                    if !Arc::ptr_eq(&disk, &self.disk()) {
+                        return;
                     }
                 }
                 Ok(Step::Done) => {
@@ -306,7 +310,7 @@ enum Op {
     Write(usize, u64, u64, bool),
     Flush,
     Split,
-    Merge(u32, Vec<(usize, u64, u64, bool)>),
+    Merge(u32, Vec<Option<(usize, u64, u64, bool)>>),
     Crash,
     Reopen,
     Fuse(u64),
@@ -325,7 +329,7 @@ fn an_op() -> impl Strategy<Value = Op> {
         10 => a_write().prop_map(|(window, start, len, zero)| Op::Write(window, start, len, zero)),
         4 => Just(Op::Flush),
         3 => Just(Op::Split),
-        4 => (1u32..20, prop::collection::vec(a_write(), 0..10)).prop_map(|(steps, writes)| Op::Merge(steps, writes)),
+        4 => (1u32..20, prop::collection::vec(prop::option::weighted(0.7, a_write()), 0..10)).prop_map(|(steps, writes)| Op::Merge(steps, writes)),
         1 => Just(Op::Crash),
         1 => Just(Op::Reopen),
         3 => (0u64..25).prop_map(Op::Fuse),
@@ -338,7 +342,7 @@ fn cases() -> u32 {
     std::env::var("UNDERSTUDY_DISK_CASES")
         .ok()
         .and_then(|cases| cases.parse().ok())
-        .unwrap_or(300)
+        .unwrap_or(200)
 }
 
 proptest! {

@@ -187,6 +187,8 @@ pub(super) struct Merger<'a> {
     /// Blocks that were moved since the last sync.
     moved: Vec<Range<u64>>,
     moved_blocks: u64,
+    /// Blocks that are moved between two syncs.
+    pub(super) checkpoint: u64,
 }
 
 impl<'a> Merger<'a> {
@@ -196,6 +198,7 @@ impl<'a> Merger<'a> {
             stage: Stage::Next,
             moved: Vec::new(),
             moved_blocks: 0,
+            checkpoint: CHECKPOINT,
         }
     }
 
@@ -319,14 +322,14 @@ impl<'a> Merger<'a> {
             Some(last) if last.end == blocks.start => last.end = blocks.end,
             _ => self.moved.push(blocks),
         }
-        if self.moved_blocks >= CHECKPOINT {
-            self.checkpoint()?;
+        if self.moved_blocks >= self.checkpoint {
+            self.make_durable()?;
         }
         Ok(Step::More)
     }
 
     /// Makes what was moved durable, and gives its space back.
-    fn checkpoint(&mut self) -> Result<(), DiskError> {
+    fn make_durable(&mut self) -> Result<(), DiskError> {
         self.disk.flush().map_err(self.io("syncing"))?;
         self.moved_blocks = 0;
         for blocks in std::mem::take(&mut self.moved) {
@@ -340,7 +343,7 @@ impl<'a> Merger<'a> {
 
     /// Nothing is left in the top: the source is the whole disk.
     fn finish_top(&mut self) -> Result<Step, DiskError> {
-        self.checkpoint()?;
+        self.make_durable()?;
         let directory = self.disk.directory.as_ref();
         let mut chain = self.disk.chain();
         let Some(top) = chain.layers.first() else {
