@@ -195,6 +195,9 @@ pub struct DiskInfo {
     pub session: u64,
     /// Merge in progress.
     pub merge: Option<MergeInfo>,
+    /// The host's file system has no room: writes of the guest wait, and are tried again by themselves.
+    #[serde(default)]
+    pub full: bool,
 }
 
 /// Progress of merging the layers down into the source.

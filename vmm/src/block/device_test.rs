@@ -7,6 +7,7 @@ use understudy_vmm_control::config::{self, DiskRole, Role};
 use virtio_queue::QueueT;
 
 use super::*;
+use crate::block::sim::Sim;
 use crate::virtio::testing::{BUFFERS, MEMORY, Piece, SOON, TestDriver, readable, writable};
 
 const SIZE: u64 = 1 << 20;
@@ -207,6 +208,43 @@ fn at_a_closed_gate_writes_wait_in_order_while_reads_pass() {
     assert_eq!(bench.driver.read(DATA_AT + 0x1000, 512), [2; 512]);
     assert_eq!(bench.counters.report().block_writes, 2);
     assert_eq!(bench.counters.report().block_writes_held, 0);
+}
+
+#[test]
+fn writes_wait_while_the_host_is_full_and_reads_go_on() {
+    let mut bench = Bench::new(false);
+    // The next write finds no room, as do those behind it for as long as that lasts.
+    let sim = Sim::new(SIZE, 1);
+    let config = config::Disk {
+        name: "full".into(),
+        role: DiskRole::Root,
+        source: "sim.raw".into(),
+        read_only: false,
+        layer: None,
+    };
+    let disk = Disk::open_in(&config, Role::Active, sim.directory()).unwrap();
+    bench.device.reset();
+    bench.device = BlockDevice::new(disk.clone(), bench.gate.clone(), bench.counters.clone());
+    bench.driver = TestDriver::start(&mut bench.device, 0);
+    sim.set_full(true);
+    let (head, status) = bench.offer(OUT, 9, &[readable(DATA_AT, 512)]);
+    let (flush, _) = bench.offer(FLUSH, 0, &[]);
+    assert_eq!(
+        bench.request(IN, 9, &[writable(DATA_AT + 0x1000, 512)]),
+        VIRTIO_BLK_S_OK
+    );
+    assert_eq!(bench.driver.queues[0].poll_used(head), None);
+    assert!(disk.is_full() && disk.info().full);
+    // A closed gate is drained all the same: nothing is in flight.
+    bench.gate.close();
+    bench.gate.drain(SOON).unwrap();
+    bench.gate.open();
+    sim.set_full(false);
+    bench.driver.queues[0].wait_used(head);
+    bench.driver.queues[0].wait_used(flush);
+    assert_eq!(bench.status(status), VIRTIO_BLK_S_OK);
+    assert!(!disk.is_full() && !disk.info().full);
+    assert_eq!(bench.counters.report().block_writes, 1);
 }
 
 #[test]

@@ -129,6 +129,7 @@ impl Disk {
                 .first()
                 .map_or(chain.source.record.session, |top| top.header.session),
             merge: self.merge.info(chain.bytes_in_layers()),
+            full: self.is_full(),
         }
     }
 

@@ -50,6 +50,8 @@ struct State {
     fuse: Option<u64>,
     /// Writes until the file system is full for one of them.
     full_in: Option<u64>,
+    /// The file system is full.
+    full: bool,
     random: u64,
 }
 
@@ -152,6 +154,11 @@ impl Sim {
         self.lock().full_in = Some(writes);
     }
 
+    /// Has every write find the file system full, or none any more.
+    pub(super) fn set_full(&self, full: bool) {
+        self.lock().full = full;
+    }
+
     /// Runs `check` with nothing going wrong.
     pub(super) fn in_peace<T>(&self, check: impl FnOnce() -> T) -> T {
         let (fuse, full_in) = {
@@ -218,6 +225,9 @@ impl SimFile {
         let mut state = self.sim.lock();
         if state.life != self.life {
             return Err(dead());
+        }
+        if state.full {
+            return Err(io::ErrorKind::StorageFull.into());
         }
         match state.full_in {
             Some(0) => {

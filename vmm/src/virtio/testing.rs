@@ -154,6 +154,12 @@ impl TestQueue {
         }
     }
 
+    /// Whether the device has returned `head`.
+    pub(crate) fn is_used(&mut self, head: u16) -> bool {
+        self.collect();
+        self.done.contains_key(&head)
+    }
+
     /// Length written for `head` if the device has returned it.
     pub(crate) fn poll_used(&mut self, head: u16) -> Option<u32> {
         self.collect();
