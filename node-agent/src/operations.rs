@@ -204,6 +204,7 @@ impl Driver {
             reporter: reporter.clone(),
             halt,
             step: None,
+            troubles: 0,
         };
         let mut world = World::new(self.node.clone(), self.guest.clone(), self.reboot.clone());
         let end = run(operation, recovered, &mut world, &mut journal, &mut report);
@@ -348,6 +349,8 @@ struct Reporting {
     reporter: Reporter,
     halt: Arc<Mutex<HaltAt>>,
     step: Option<Step>,
+    /// How often the step had failed when that was told last.
+    troubles: u32,
 }
 
 impl Report for Reporting {
@@ -364,7 +367,9 @@ impl Report for Reporting {
             );
             self.step = Some(operation.step);
         }
-        if let Some(trouble) = &operation.trouble {
+        let count = operation.trouble.as_ref().map_or(0, |trouble| trouble.count);
+        let told = std::mem::replace(&mut self.troubles, count);
+        if let Some(trouble) = operation.trouble.as_ref().filter(|_| told != count) {
             tracing::warn!(guest = operation.guest, reboot = operation.name, step = ?operation.step, count = trouble.count, "{}", trouble.message);
         }
         self.reporter.put(operation);

@@ -1,8 +1,5 @@
 //! Effects after the commit point, and the ending of clones.
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
-
 use jiff::Timestamp;
 use understudy_api::reboot::{FailedUnit, StartedUnit};
 use understudy_channel::{Reply, Request};
@@ -17,11 +14,6 @@ use crate::handover::{EffectError, Effected, ErrorKind, Moment, Operation};
 use crate::host;
 use crate::network::ensure_tap;
 use crate::vmm::Instance;
-
-/// How long the clone's first frame is waited for. It comes with the agent's announcement, if not before.
-const FIRST_FRAME: Duration = Duration::from_secs(10);
-/// How often it is looked for: the resolution of the measured interruption.
-const FIRST_FRAME_LOOK: Duration = Duration::from_millis(1);
 
 fn retry(error: impl std::fmt::Display) -> EffectError {
     EffectError::new(ErrorKind::Retry, error.to_string())
@@ -48,8 +40,6 @@ impl World {
                 ensure_tap(&nic.tap, &nic.bridge).map_err(retry)?;
             }
         }
-        let client = instance.client();
-        let before = client.info().map(|info| info.counters.frames_sent).unwrap_or(0);
         let request = Activate {
             epoch: operation.commit_epoch(),
             open_taps,
@@ -57,7 +47,6 @@ impl World {
         let report = World::slow(&instance)
             .activate(&request)
             .map_err(|error| Side::Clone.vmm(&instance, &error))?;
-        watch_first_frame(&instance, before, self.first_frame.clone());
         self.node.drop_responders(&resolved.uid, instance.incarnation);
         tracing::info!(
             guest = %self.guest,
@@ -99,7 +88,10 @@ impl World {
                 .take(256)
                 .map(|(unit, message)| FailedUnit { unit, message })
                 .collect(),
-            first_frame: *self.first_frame.lock().unwrap_or_else(PoisonError::into_inner),
+            first_frame: self
+                .clone_vmm(operation)
+                .ok()
+                .and_then(|(_, instance)| first_frame(&instance)),
         })
     }
 
@@ -198,30 +190,15 @@ impl World {
     }
 }
 
-/// Notes when the counter of sent frames first grows: the clone is on the network.
-fn watch_first_frame(instance: &Instance, before: u64, found: Arc<Mutex<Option<Moment>>>) {
-    let client = instance.client();
-    let watch = move || {
-        let deadline = Instant::now() + FIRST_FRAME;
-        while Instant::now() < deadline {
-            match client.info() {
-                Ok(info) if info.counters.frames_sent > before => {
-                    let now = host::moment();
-                    found
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .get_or_insert(now);
-                    return;
-                }
-                Ok(_) => std::thread::sleep(FIRST_FRAME_LOOK),
-                Err(_) => return,
-            }
-        }
-    };
-    if let Err(error) = std::thread::Builder::new()
-        .name("first-frame".into())
-        .spawn(watch)
-    {
-        tracing::warn!(%error, "the clone's first frame is not watched for");
-    }
+/// When the first frame went out to the taps, as the clone's VMM noted it: the end of the interruption.
+fn first_frame(instance: &Instance) -> Option<Moment> {
+    let info = instance.client().info().ok()?;
+    let sent = info
+        .interfaces
+        .iter()
+        .filter(|interface| !interface.isolated)
+        .filter_map(|interface| i64::try_from(interface.first_sent_us?).ok())
+        .min()?;
+    let now = host::moment();
+    Some(now.plus(sent - now.unix_us))
 }

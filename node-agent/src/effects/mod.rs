@@ -7,7 +7,7 @@ mod errors;
 mod integrate;
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use understudy_api::Guest;
@@ -26,7 +26,7 @@ use crate::vmm::{Instance, Layout};
 use errors::Side;
 
 /// Time limit of requests to a guest agent that are answered at once.
-const AGENT: Duration = Duration::from_secs(10);
+const AGENT: Duration = Duration::from_secs(30);
 /// The same for those that sync or stop something.
 const AGENT_SLOW: Duration = Duration::from_secs(60);
 /// The longest wait at once, so that what changes without a bell is seen.
@@ -37,19 +37,12 @@ pub struct World {
     node: Arc<Node>,
     guest: Key,
     reboot: Key,
-    /// When the clone's first frame went out, noted by a watcher after its activation.
-    first_frame: Arc<Mutex<Option<Moment>>>,
 }
 
 impl World {
     /// The world of an operation on `guest` that `reboot` asked for.
     pub fn new(node: Arc<Node>, guest: Key, reboot: Key) -> World {
-        World {
-            node,
-            guest,
-            reboot,
-            first_frame: Arc::default(),
-        }
+        World { node, guest, reboot }
     }
 
     /// The Guest and what it means on this node.

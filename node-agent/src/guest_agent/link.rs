@@ -12,8 +12,9 @@ use understudy_channel::{Description, Notice, Purpose, Reply, Request, read_fram
 
 use super::session::{SessionError, connect};
 
-/// Time limit of connecting and greeting.
-const CONNECT: Duration = Duration::from_secs(5);
+/// Time limit of connecting, greeting and the first description. A guest that boots on a busy host, or whose
+/// systemd is busy, takes its time.
+const CONNECT: Duration = Duration::from_secs(30);
 /// Pause between two attempts to connect.
 const AGAIN: Duration = Duration::from_millis(250);
 /// Notices that wait to be heard; beyond that the oldest matter no more than the newest, so the session is

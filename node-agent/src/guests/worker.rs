@@ -28,6 +28,8 @@ const TICK: Duration = Duration::from_secs(1);
 const REST: Duration = Duration::from_millis(50);
 /// How often a guest is asked to describe itself.
 const DESCRIBE: Duration = Duration::from_secs(5);
+/// How long it may take for that.
+const DESCRIBE_LIMIT: Duration = Duration::from_secs(30);
 /// How long a guest may take from its power button to its end, and its VMM from `stop` to its own.
 const POWER_OFF: Duration = Duration::from_secs(90);
 const STOP: Duration = Duration::from_secs(20);
@@ -248,7 +250,7 @@ impl Worker {
             let due = self.described.is_none_or(|then| then.elapsed() >= DESCRIBE);
             if due {
                 self.described = Some(Instant::now());
-                if let Err(error) = link.describe(DESCRIBE) {
+                if let Err(error) = link.describe(DESCRIBE_LIMIT) {
                     tracing::debug!(guest = %self.key, %error, "the guest did not describe itself");
                 }
             }
