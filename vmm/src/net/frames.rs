@@ -79,6 +79,8 @@ impl Frames {
     fn work(&mut self, stop: &EventFd) -> io::Result<()> {
         // Whether frames wait for us: read while there are any, as poll tells.
         let mut readable = true;
+        // The backend is out of order (its tap was deleted), and polling it would only spin.
+        let mut dead = false;
         loop {
             // Kept until after poll, so that its descriptor is not another one by then.
             let backend = self.shared.backend().clone();
@@ -94,7 +96,7 @@ impl Frames {
                 (false, false) => 0,
             };
             let fd = match backend.fd() {
-                Some(fd) if events != 0 => fd,
+                Some(fd) if events != 0 && !dead => fd,
                 // Poll passes over negative descriptors.
                 _ => -1,
             };
@@ -112,7 +114,7 @@ impl Frames {
             }
             if fds[1].revents != 0 {
                 drain(&self.shared.changed);
-                (readable, self.congested) = (true, false);
+                (readable, self.congested, dead) = (true, false, false);
             }
             if fds[2].revents != 0 {
                 drain(self.rx.event());
@@ -122,6 +124,15 @@ impl Frames {
                 drain(self.tx.event());
             }
             readable |= fds[4].revents & libc::POLLIN != 0;
+            if fds[4].revents & (libc::POLLERR | libc::POLLHUP | libc::POLLNVAL) != 0
+                && fds[4].revents & libc::POLLIN == 0
+            {
+                tracing::error!(
+                    device = self.shared.name,
+                    "the interface's backend is gone; was its tap deleted?"
+                );
+                dead = true;
+            }
             if fds[4].revents & (libc::POLLOUT | libc::POLLERR) != 0 {
                 self.congested = false;
             }

@@ -389,6 +389,60 @@ fn a_clone_takes_over_the_tap_with_the_frames_that_wait_in_it() {
     .unwrap();
 }
 
+/// Time that the thread of this name has spent, in hundredths of a second (proc(5), `stat`).
+fn ticks_of_thread(name: &str) -> i64 {
+    for task in std::fs::read_dir("/proc/self/task").unwrap() {
+        let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap_or_default();
+        if let Some((head, rest)) = stat.split_once(") ")
+            && head.ends_with(&format!("({name}"))
+        {
+            let fields: Vec<i64> = rest.split(' ').filter_map(|field| field.parse().ok()).collect();
+            // utime and stime: the 14th and 15th field, of which three are before here and one is no number.
+            return fields[10] + fields[11];
+        }
+    }
+    panic!("no thread {name}");
+}
+
+#[test]
+fn a_tap_that_is_deleted_costs_its_frames_and_no_busy_thread() {
+    if !can_make_taps() {
+        return;
+    }
+    std::thread::spawn(|| {
+        make_tap("ustap2");
+        let dir = tempfile::tempdir().unwrap();
+        let mut device = NetDevice::new(
+            &network(&dir, "ustap2"),
+            41,
+            Role::Active,
+            Gates::default(),
+            Arc::default(),
+        )
+        .unwrap();
+        let mut driver = TestDriver::start(&mut device, 0);
+        driver.queues[0].offer(&[writable(RX_BUFFERS, 2048)]);
+        wait_for_carrier("ustap2");
+        assert!(
+            Command::new("ip")
+                .args(["link", "del", "ustap2"])
+                .status()
+                .unwrap()
+                .success()
+        );
+        driver.write(BUFFERS, &[0; 72]);
+        let head = driver.queues[1].offer(&[readable(BUFFERS, 72)]);
+        driver.queues[1].wait_used(head);
+        // A thread that spins would have spent most of this time.
+        let before = ticks_of_thread("net41");
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        assert!(ticks_of_thread("net41") - before < 20);
+        drop(device.reset());
+    })
+    .join()
+    .unwrap();
+}
+
 #[test]
 fn a_clone_opens_the_tap_by_name_when_the_old_owner_is_gone() {
     if !can_make_taps() {
