@@ -1,5 +1,6 @@
 //! Activation: a clone becomes the guest (DESIGN §5, step 7e and f).
 
+use std::thread;
 use std::time::{Duration, Instant};
 
 use understudy_channel::Activated;
@@ -7,7 +8,7 @@ use understudy_channel::Activated;
 use crate::bus::{BusError, Value};
 use crate::role::{self, Role};
 use crate::sys::packet;
-use crate::systemd::{Systemd, Verb, micros};
+use crate::systemd::{Systemd, Unit, Verb, micros};
 use crate::{info, warning};
 
 /// How long units may take to start before the answer is given without them; their jobs go on.
@@ -23,27 +24,26 @@ pub fn activate(role: &Role, stopped: &[String]) -> Result<Activated, String> {
         Err(error) => warning!("addresses could not be announced: {error}"),
     }
     role::mark_active().map_err(|error| format!("{} could not be made: {error}", role::ACTIVE))?;
-    let mut systemd = Systemd::connect().map_err(|error| error.to_string())?;
-    let mut units = stopped.to_vec();
-    for unit in role.held_units() {
-        match was_held(&mut systemd, &unit) {
-            Ok(true) => units.push(unit),
-            Ok(false) => {}
-            Err(error) => warning!("whether {unit} was held is not known: {error}"),
+    // What the operation names and what was stopped comes first and by itself: it is what clients wait for,
+    // and nothing of it waits until the many units that are held by default were looked at.
+    let (mut activated, upkeep) = thread::scope(|scope| {
+        let upkeep = scope.spawn(|| {
+            let defaults = role::HELD_BY_DEFAULT.iter().map(|u| (*u).to_owned());
+            start(
+                defaults
+                    .filter(|u| !role.hold.contains(u) && !stopped.contains(u))
+                    .collect(),
+                &[],
+            )
+        });
+        (start(role.hold.clone(), stopped), upkeep.join())
+    });
+    match upkeep {
+        Ok(upkeep) => {
+            activated.started.extend(upkeep.started);
+            activated.failed.extend(upkeep.failed);
         }
-    }
-    units.sort();
-    units.dedup();
-    let results = systemd
-        .run_jobs(Verb::Start, &units, START)
-        .map_err(|error| error.to_string())?;
-    let mut activated = Activated::default();
-    for job in results {
-        if job.result == "done" {
-            activated.started.push((job.unit, job.took_us));
-        } else {
-            activated.failed.push((job.unit, job.result));
-        }
+        Err(_) => warning!("units that are held by default may not have been started"),
     }
     info!(
         "active after {} us: {} units started",
@@ -53,17 +53,49 @@ pub fn activate(role: &Role, stopped: &[String]) -> Result<Activated, String> {
     Ok(activated)
 }
 
+/// Starts those of `held` that this boot held back, and all of `stopped`.
+fn start(held: Vec<String>, stopped: &[String]) -> Activated {
+    let tried = || -> Result<Activated, BusError> {
+        let mut systemd = Systemd::connect()?;
+        let mut units = stopped.to_vec();
+        let inactive = systemd.units(&["inactive"])?;
+        for unit in inactive
+            .iter()
+            .filter(|u| held.contains(&u.name) && !stopped.contains(&u.name))
+        {
+            if was_held(&mut systemd, unit)? {
+                units.push(unit.name.clone());
+            }
+        }
+        let mut activated = Activated::default();
+        for job in systemd.run_jobs(Verb::Start, &units, START)? {
+            if job.result == "done" {
+                activated.started.push((job.unit, job.took_us));
+            } else {
+                activated.failed.push((job.unit, job.result));
+            }
+        }
+        Ok(activated)
+    };
+    tried().unwrap_or_else(|error| {
+        let reason = error.to_string();
+        let failed = held
+            .iter()
+            .chain(stopped)
+            .map(|u| (u.clone(), reason.clone()))
+            .collect();
+        Activated {
+            started: Vec::new(),
+            failed,
+        }
+    })
+}
+
 /// Whether this boot tried to start the unit and its condition held it back: then it belongs to what runs on
 /// this guest. One that nobody wanted stays as it is.
-fn was_held(systemd: &mut Systemd, unit: &str) -> Result<bool, BusError> {
-    let path = systemd.load(unit)?;
-    if systemd.unit_property(&path, "LoadState")?.as_str() != Some("loaded")
-        || systemd.unit_property(&path, "ActiveState")?.as_str() != Some("inactive")
-    {
-        return Ok(false);
-    }
-    let tried = systemd.unit_property(&path, "ConditionTimestampMonotonic")?;
-    let met = systemd.unit_property(&path, "ConditionResult")?;
+fn was_held(systemd: &mut Systemd, unit: &Unit) -> Result<bool, BusError> {
+    let tried = systemd.unit_property(&unit.path, "ConditionTimestampMonotonic")?;
+    let met = systemd.unit_property(&unit.path, "ConditionResult")?;
     let number = |value: &Value| value.as_int().unwrap_or(0);
     Ok(number(&tried) > 0 && number(&met) == 0)
 }

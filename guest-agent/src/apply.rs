@@ -352,16 +352,14 @@ impl<'a> Applier<'a> {
         // One that the clone made by itself is shared from now on; one that both had at the split was
         // replaced in the guest.
         let shared = found.as_ref().is_some_and(|f| {
-            is_kind(&f.stat, libc::S_IFDIR) && self.born_here(f) && !self.is_known(spot.0, &f.handle)
+            is_kind(&f.stat, libc::S_IFDIR) && self.born_here(f) && !self.memory.is_taken(spot.0, &f.handle)
         });
         if !shared {
             self.places.set_aside(spot)?;
             self.places.make_directory(spot)?;
         }
         if let Some(made) = self.places.look(spot)? {
-            self.memory
-                .identities
-                .insert((spot.0, wanted.clone()), made.handle);
+            self.memory.identify(spot.0, wanted.clone(), made.handle);
         }
         Ok(())
     }
@@ -389,7 +387,7 @@ impl<'a> Applier<'a> {
             };
             self.places.put(&fresh, spot)?;
             if let Some(made) = self.places.look(spot)? {
-                self.memory.identities.insert((spot.0, wanted), made.handle);
+                self.memory.identify(spot.0, wanted, made.handle);
             }
         }
         self.finish_meta(spot, meta, 0)
@@ -405,12 +403,20 @@ impl<'a> Applier<'a> {
         let changed = found
             .as_ref()
             .filter(|f| is_kind(&f.stat, libc::S_IFREG) && self.clone_changed(spot, f));
-        if let Some(found) = changed {
-            if rule == Rule::Log
-                && let Some(target) = self.log(spot, found, same, whole)?
-            {
-                return Ok(target);
+        let clone_changed = changed.is_some();
+        // A log that was joined has the clone's tail, also when nothing was appended since.
+        let log = found.as_ref().filter(|f| {
+            rule == Rule::Log && is_kind(&f.stat, libc::S_IFREG) && (clone_changed || self.has_tail(spot, f))
+        });
+        if let Some(found) = log
+            && let Some(target) = self.log(spot, found, same, whole)?
+        {
+            if clone_changed {
+                self.conflict(spot, "joined", None);
             }
+            return Ok(target);
+        }
+        if clone_changed {
             if !whole {
                 // Only parts came, and what they are parts of is gone.
                 self.again = true;
@@ -452,6 +458,12 @@ impl<'a> Applier<'a> {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Whether a log is longer than the guest's version of it.
+    fn has_tail(&self, spot: &Spot, found: &Found) -> bool {
+        let guest_size = self.memory.sizes.get(&(spot.0, found.handle.clone()));
+        guest_size.is_some_and(|size| found.stat.stx_size > *size)
     }
 
     /// Where the content of a log goes to which the clone has appended; `None`: it cannot be joined.
@@ -503,16 +515,13 @@ impl<'a> Applier<'a> {
             Target::Fresh(fresh, fd) => {
                 rustix::fs::ftruncate(&fd, size)?;
                 let handle = crate::sys::handle::handle_of(&fd, c"")?;
-                self.memory
-                    .identities
-                    .insert((spot.0, guest_handle(&meta)), handle);
+                self.memory.identify(spot.0, guest_handle(&meta), handle);
                 // Metadata first: under its own name it is complete or not there.
                 self.apply_meta(&fresh, &meta)?;
                 self.places.put(&fresh, &spot)?;
             }
             Target::Tail(fd, tail) => {
                 joined::put_tail(&fd, size, &tail)?;
-                self.conflict(&spot, "joined", None);
             }
             Target::Join(fresh, fd) => {
                 rustix::fs::ftruncate(&fd, size)?;
@@ -547,10 +556,7 @@ impl<'a> Applier<'a> {
             .map(|s| s.1);
         joined::join(&own, guest, at_start, text)?;
         let handle = crate::sys::handle::handle_of(&own, c"")?;
-        self.memory
-            .identities
-            .insert((spot.0, guest_handle(meta)), handle);
-        self.conflict(spot, "joined", None);
+        self.memory.identify(spot.0, guest_handle(meta), handle);
         Ok(())
     }
 
@@ -573,7 +579,7 @@ impl<'a> Applier<'a> {
                 self.places.set_aside(&(spot.0, path))?;
             }
         }
-        self.memory.identities.insert(key.clone(), handle);
+        self.memory.identify(key.0, key.1.clone(), handle);
         self.memory.journals.insert(key, at.1);
         Ok(())
     }
@@ -647,30 +653,28 @@ impl<'a> Applier<'a> {
         }
     }
 
-    /// Whether an inode of the clone was made by the import.
-    fn is_known(&self, fs: usize, handle: &Handle) -> bool {
-        self.memory
-            .identities
-            .iter()
-            .any(|((at, _), ours)| *at == fs && ours == handle)
-    }
-
     /// Whether an inode was made after the split, by the clone or by the import.
     fn born_here(&self, found: &Found) -> bool {
         (found.stat.stx_btime.tv_sec, found.stat.stx_btime.tv_nsec) >= self.settings.since
     }
 
+    /// Whether an inode with the handle of one of the guest's is another one: made later, or standing for
+    /// another already.
+    fn is_other(&self, fs: usize, found: &Found) -> bool {
+        self.born_here(found) || self.memory.is_taken(fs, &found.handle)
+    }
+
     /// Whether what was found is the clone's copy of the guest's inode.
     fn is_same(&self, fs: usize, guest: &Handle, found: &Found) -> bool {
-        match self.memory.identities.get(&(fs, guest.clone())) {
+        match self.memory.identity(fs, guest) {
             Some(ours) => *ours == found.handle,
-            None => found.handle == *guest && !self.born_here(found),
+            None => found.handle == *guest && !self.is_other(fs, found),
         }
     }
 
     /// The clone's copy of the guest's inode, wherever it is.
     fn find(&self, fs: usize, guest: &Handle, kind: u32) -> io::Result<Option<OwnedFd>> {
-        let known = self.memory.identities.get(&(fs, guest.clone()));
+        let known = self.memory.identity(fs, guest);
         let handle = known.unwrap_or(guest);
         let Some(fd) = self.places.views[fs].open_handle(handle)? else {
             return Ok(None);
@@ -681,7 +685,7 @@ impl<'a> Applier<'a> {
             handle: handle.clone(),
         };
         let usable =
-            stat.stx_nlink > 0 && is_kind(&stat, kind) && (known.is_some() || !self.born_here(&found));
+            stat.stx_nlink > 0 && is_kind(&stat, kind) && (known.is_some() || !self.is_other(fs, &found));
         Ok(usable.then_some(fd))
     }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::io::{BufReader, Read};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use understudy_channel::{
     Applied, FrameError, Import, Imported, OnConflict, Refusal, Transfer, read_message,
@@ -14,7 +14,7 @@ use crate::filter::{Collect, Filter, FilterError, Spot};
 use crate::memory::Memory;
 use crate::rules::{Rule, rule};
 use crate::service::lock;
-use crate::units::Owners;
+use crate::units::{Owners, Trees};
 use crate::view::View;
 use crate::{filter, info, warning};
 
@@ -27,6 +27,7 @@ pub struct Importer {
     since: (i64, u32),
     log_sizes: HashMap<Spot, (u64, u64)>,
     memory: Mutex<Option<Memory>>,
+    trees: OnceLock<Trees>,
 }
 
 /// Why an import failed.
@@ -72,6 +73,7 @@ impl Importer {
             since,
             log_sizes,
             memory: Mutex::new(None),
+            trees: OnceLock::new(),
         })
     }
 
@@ -110,7 +112,7 @@ impl Importer {
         let memory = guard.get_or_insert_with(Memory::default);
         let settings = self.settings(request.on_conflict);
         self.touched.catch_up()?;
-        let owners = Owners::look(&self.touched.views());
+        let owners = Owners::look(&self.touched.views(), self.trees());
         let mut applier = Applier::new(&settings, memory, &self.touched, owners);
         let mut reader = BufReader::with_capacity(128 * 1024, stream);
         let applied = loop {
@@ -135,6 +137,16 @@ impl Importer {
             applied.conflicts.len()
         );
         Ok(applied)
+    }
+
+    /// State directories of the clone's units, as of the first round.
+    fn trees(&self) -> &Trees {
+        self.trees.get_or_init(|| {
+            Owners::trees().unwrap_or_else(|error| {
+                warning!("the state directories of units are not known: {error}");
+                Trees::new()
+            })
+        })
     }
 
     fn settings(&self, on_conflict: OnConflict) -> Settings {

@@ -1,6 +1,6 @@
 //! What the clone remembers of an import between rounds.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,10 @@ pub struct Memory {
     /// Last round that was applied completely.
     pub round: u64,
     /// The clone's inode for inodes that the guest made after the split: (file system, handle) to handle.
-    pub identities: HashMap<(usize, Handle), Handle>,
+    identities: HashMap<(usize, Handle), Handle>,
+    /// The clone's inodes in it: they stand for no other inode of the guest, not even for the one that had
+    /// their number at the split.
+    taken: HashSet<(usize, Handle)>,
     /// Sizes of the guest's versions of what the import wrote, by the clone's inode: in a joined log the
     /// clone's own tail begins there.
     pub sizes: HashMap<(usize, Handle), u64>,
@@ -45,6 +48,24 @@ impl Memory {
         } else {
             fresh
         })
+    }
+
+    /// Notes that the clone's inode `ours` is the guest's inode `guest`.
+    pub fn identify(&mut self, fs: usize, guest: Handle, ours: Handle) {
+        if guest != ours {
+            self.taken.insert((fs, ours.clone()));
+        }
+        self.identities.insert((fs, guest), ours);
+    }
+
+    /// The clone's inode for the guest's one, where that was noted.
+    pub fn identity(&self, fs: usize, guest: &Handle) -> Option<&Handle> {
+        self.identities.get(&(fs, guest.clone()))
+    }
+
+    /// Whether an inode of the clone stands for one of the guest's with another handle.
+    pub fn is_taken(&self, fs: usize, ours: &Handle) -> bool {
+        self.taken.contains(&(fs, ours.clone()))
     }
 
     /// Stores it for an agent that may be started anew.

@@ -9,29 +9,31 @@ use crate::rules::never_stop;
 use crate::silent::writers;
 use crate::systemd::{Systemd, Verb};
 use crate::view::View;
-use crate::warning;
 
 /// How long a unit may take to stop.
 const STOP: Duration = Duration::from_secs(30);
 
 type Inode = ((u32, u32), u64);
 
+/// Directories of units' own: absolute path to unit.
+pub type Trees = Vec<(Vec<u8>, String)>;
+
 /// Owners of files.
 #[derive(Debug, Default)]
 pub struct Owners {
-    /// Directories of units' own: absolute path to unit.
-    trees: Vec<(Vec<u8>, String)>,
+    trees: Trees,
     /// Files that processes of a unit have open for writing.
     open: HashMap<Inode, String>,
 }
 
 impl Owners {
-    /// Finds out which unit owns what, as of now.
-    pub fn look(views: &[Arc<View>]) -> Self {
-        let mut owners = Self::default();
-        if let Err(error) = owners.look_at_trees() {
-            warning!("the state directories of units are not known: {error}");
-        }
+    /// Finds out which files are open for writing by which unit, as of now. `trees` are asked for once: it
+    /// takes a call to systemd for every unit.
+    pub fn look(views: &[Arc<View>], trees: &Trees) -> Self {
+        let mut owners = Self {
+            trees: trees.clone(),
+            open: HashMap::new(),
+        };
         for writer in writers(views) {
             if let Some(unit) = unit_of(writer.pid).filter(|u| !never_stop(u)) {
                 owners.open.insert((views[writer.spot.0].dev, writer.ino), unit);
@@ -40,7 +42,9 @@ impl Owners {
         owners
     }
 
-    fn look_at_trees(&mut self) -> Result<(), crate::bus::BusError> {
+    /// State and cache directories of the running units.
+    pub fn trees() -> Result<Trees, crate::bus::BusError> {
+        let mut trees = Trees::new();
         let mut systemd = Systemd::connect()?;
         for unit in systemd.units(&["active", "activating", "reloading"])? {
             if never_stop(&unit.name) {
@@ -51,14 +55,12 @@ impl Owners {
                     let Some(name) = name.as_str().filter(|n| !n.is_empty()) else {
                         continue;
                     };
-                    self.trees
-                        .push((format!("{base}/{name}").into_bytes(), unit.name.clone()));
-                    self.trees
-                        .push((format!("{base}/private/{name}").into_bytes(), unit.name.clone()));
+                    trees.push((format!("{base}/{name}").into_bytes(), unit.name.clone()));
+                    trees.push((format!("{base}/private/{name}").into_bytes(), unit.name.clone()));
                 }
             }
         }
-        Ok(())
+        Ok(trees)
     }
 
     /// Stops the running unit that owns `path` (whose inode is `inode`), if there is one; returns its name.

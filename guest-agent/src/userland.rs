@@ -10,8 +10,8 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::freeze::{Filesystems, FreezeError, Thawed, Watchdog};
 use crate::service::spawn;
-use crate::systemd::{Systemd, Verb};
-use crate::warning;
+use crate::systemd::{Systemd, Verb, micros};
+use crate::{info, warning};
 
 /// Groups that stay awake: PID 1, and this agent.
 const AWAKE: &[&str] = &["init.scope", "understudy.slice"];
@@ -44,6 +44,11 @@ pub enum UserlandError {
         "control group {0} was not frozen in time (a process in it waits for I/O?); everything is thawed again"
     )]
     TooLate(PathBuf),
+    /// The watchdog was faster than the sync.
+    #[error(
+        "writing everything out took longer than the watchdog allows ({0} ms); everything is thawed again"
+    )]
+    Slow(u32),
     /// Units to be stopped did not stop.
     #[error("units could not be stopped: {0}; everything runs again")]
     Stop(String),
@@ -89,6 +94,8 @@ impl Userland {
         }
         let groups = self.groups()?;
         stop_units(stop)?;
+        // Most of the writing happens before anybody has to wait.
+        Filesystems::sync()?;
         wait_for_receive_queues();
         // The time to freeze counts from here: stopping units may take as long as they need.
         let begin = Instant::now();
@@ -102,11 +109,20 @@ impl Userland {
             undo(frozen);
             return Err(error);
         }
+        let froze = begin.elapsed();
         self.frozen.hold(frozen, begin, deadline, undo);
         if let Err(error) = Filesystems::sync() {
             self.frozen.release(undo);
             return Err(error.into());
         }
+        if !self.frozen.is_held() {
+            return Err(UserlandError::Slow(watchdog_ms));
+        }
+        info!(
+            "user land frozen in {} us, synced {} us later",
+            micros(froze),
+            micros(begin.elapsed() - froze)
+        );
         Ok(())
     }
 
