@@ -17,4 +17,6 @@ pub mod network;
 pub mod node;
 pub mod operations;
 pub mod store;
+#[cfg(test)]
+mod testing;
 pub mod vmm;

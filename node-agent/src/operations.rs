@@ -443,3 +443,7 @@ impl HaltAt {
         let _ = rustix::process::kill_process(me, rustix::process::Signal::KILL);
     }
 }
+
+#[cfg(test)]
+#[path = "operations_test.rs"]
+mod tests;

@@ -167,6 +167,8 @@ impl World {
         if !alive || deadline.unix_us <= host::moment().unix_us {
             remove_dormant(&self.node, &resolved, Some(&owner), &dormant).map_err(retry)?;
         }
+        // Nobody is home there any more.
+        self.node.unlink(&self.layout(&resolved, incarnation).vsock());
         self.remove_network_facts(operation, uid);
         Ok(())
     }

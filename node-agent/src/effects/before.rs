@@ -36,7 +36,7 @@ fn not_yet(message: impl Into<String>) -> EffectError {
 }
 
 impl World {
-    pub(super) fn do_preflight(&mut self, _operation: &Operation) -> Effected<Preflight> {
+    pub(super) fn do_preflight(&mut self, operation: &Operation) -> Effected<Preflight> {
         let (guest, resolved) = self.resolved()?;
         if guest.is_deleting() {
             return Err(unfit(format!("Guest {} is being deleted", self.guest)));
@@ -98,7 +98,7 @@ impl World {
         if let Some(other) = description
             .capturing
             .as_ref()
-            .filter(|other| **other != _operation.uid)
+            .filter(|other| **other != operation.uid)
         {
             tracing::warn!(guest = %self.guest, other, "the guest still captures for another operation");
         }
@@ -336,7 +336,13 @@ impl World {
                 console()
             )));
         }
-        if let Some(panic) = panic_on(&layout.console()) {
+        // Of this process only: the log may hold the end of an earlier clone with the same number.
+        let console_text = instance
+            .client()
+            .console()
+            .map(|tail| tail.text)
+            .unwrap_or_default();
+        if let Some(panic) = panic_in(&console_text) {
             return Err(Side::Clone.gone(format!("the clone's kernel panicked: {panic}")));
         }
         let link = self
@@ -373,9 +379,24 @@ fn booted_at(description: &Description) -> i64 {
     host::moment().unix_us.saturating_sub(uptime)
 }
 
-/// The line of a console that tells of a kernel panic.
-fn panic_on(console: &std::path::Path) -> Option<String> {
-    let end = log_end(console);
-    let at = end.find("Kernel panic - not syncing")?;
-    Some(end[at..].chars().take(300).collect())
+/// What a console tells of a kernel panic.
+fn panic_in(console: &str) -> Option<String> {
+    let at = console.find("Kernel panic - not syncing")?;
+    let readable = |c: char| if c.is_control() { ' ' } else { c };
+    Some(console[at..].chars().take(300).map(readable).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_panic_is_quoted_and_an_ordinary_boot_is_none() {
+        let console =
+            "[    1.2] Run /init\r\n[    1.3] Kernel panic - not syncing: VFS: Unable to mount root fs\r\n";
+        let panic = panic_in(console).unwrap();
+        assert!(panic.contains("Unable to mount root fs"), "{panic}");
+        assert!(!panic.contains('\r'));
+        assert_eq!(panic_in("Debian GNU/Linux 12 web ttyS0"), None);
+    }
 }

@@ -247,8 +247,10 @@ impl Worker {
             }
         };
         if !quiet && link.heard().connected {
+            // While an operation is in flight its engine asks; a slow answer to us would hold it up.
+            let busy = self.node.in_flight(&self.key).is_some();
             let due = self.described.is_none_or(|then| then.elapsed() >= DESCRIBE);
-            if due {
+            if due && !busy {
                 self.described = Some(Instant::now());
                 if let Err(error) = link.describe(DESCRIBE_LIMIT) {
                     tracing::debug!(guest = %self.key, %error, "the guest did not describe itself");
@@ -346,7 +348,8 @@ impl Worker {
                 .of(&other.uid())
                 .iter()
                 .any(Instance::is_alive);
-            let older = (created(&other), other.uid()) < (created(guest), guest.uid());
+            // Times are in whole seconds; names decide between guests of one manifest.
+            let older = (created(&other), other.key()) < (created(guest), guest.key());
             if !other_runs && !older {
                 continue;
             }
@@ -511,3 +514,7 @@ fn delete_disk(source: &Path) {
         tracing::error!(path = %source.display(), %error, "deleting a disk");
     }
 }
+
+#[cfg(test)]
+#[path = "worker_test.rs"]
+mod tests;
