@@ -421,7 +421,10 @@ fn a_tap_that_is_deleted_costs_its_frames_and_no_busy_thread() {
         )
         .unwrap();
         let mut driver = TestDriver::start(&mut device, 0);
-        driver.queues[0].offer(&[writable(RX_BUFFERS, 2048)]);
+        // More than the kernel's own frames use up.
+        for _ in 0..64 {
+            driver.queues[0].offer(&[writable(RX_BUFFERS, 2048)]);
+        }
         wait_for_carrier("ustap2");
         assert!(
             Command::new("ip")
