@@ -611,6 +611,30 @@ fn operations_out_of_turn_are_refused_and_repeated_ones_answered_again() {
 }
 
 #[test]
+fn a_split_that_was_given_up_does_not_keep_the_layer_before_from_being_merged() {
+    let real = Real::new(1 << 20);
+    let disk = real.open().unwrap();
+    real.split(&disk);
+    put(&disk, 0, 1, 512);
+    // Prepared and named by owner.json, and then the reboot was aborted.
+    let given_up = Uuid::new_v4();
+    disk.prepare_split(given_up, Uuid::new_v4()).unwrap();
+    real.own(Some(given_up));
+    put(&disk, 512, 2, 512);
+    disk.merge().unwrap();
+    wait_for_merge(&disk);
+    assert_eq!(disk.info().layers, Vec::<Uuid>::new());
+    drop(disk);
+    assert_eq!(Owner::read(&real.state).unwrap().unwrap().layer, None);
+    let disk = real.open().unwrap();
+    assert_eq!([at(&disk, 0), at(&disk, 512)], [1, 2]);
+    // A split after a merge is a new one.
+    real.split(&disk);
+    put(&disk, 0, 3, 512);
+    assert_eq!(disk.info().layers.len(), 1);
+}
+
+#[test]
 fn a_sparse_disk_of_a_tebibyte_costs_what_is_touched() {
     let real = Real::new(1 << 40);
     let disk = real.open().unwrap();

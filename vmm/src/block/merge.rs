@@ -62,17 +62,20 @@ impl Disk {
     /// Begins to merge all layers into the source, or goes on. Refused while anybody else (a dormant
     /// incarnation, a clone) has the chain open.
     pub fn merge(self: &Arc<Self>) -> Result<DiskInfo, DiskError> {
-        let control = self.control();
+        let mut control = self.control();
         if self.read_only {
             return Err(self.conflict("a read-only disk is not merged"));
         }
-        let total = self.chain().bytes_in_layers();
-        if self.chain().layers.is_empty() || self.merge.lock().running {
-            drop(control);
+        if self.merge.lock().running {
             return Ok(self.info());
         }
         // Before the thread, so that whoever asks learns that it cannot be.
         Merger::new(self).acquire()?;
+        self.forget_splits(&mut control)?;
+        let total = self.chain().bytes_in_layers();
+        if self.chain().layers.is_empty() {
+            return Ok(self.info());
+        }
         self.stop_merge();
         let mut progress = self.merge.lock();
         *progress = Progress {

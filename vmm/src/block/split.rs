@@ -6,9 +6,9 @@ use std::time::Instant;
 use understudy_vmm_control::api::SplitReport;
 use uuid::Uuid;
 
-use super::disk::Disk;
+use super::disk::{Control, Disk, read_owner};
 use super::error::DiskError;
-use super::layer::{Below, Layer};
+use super::layer::{self, Below, Layer};
 use super::storage::{Access, Lock};
 
 /// What was prepared and what was done.
@@ -133,5 +133,26 @@ impl Disk {
             Some((_, _, report)) => Ok(report),
             None => Err(self.conflict("the split was not prepared")),
         }
+    }
+
+    /// Gives up a split that was prepared and not made: `owner.json` names the current top again. One that
+    /// was made is history.
+    pub(super) fn forget_splits(&self, control: &mut Control) -> Result<(), DiskError> {
+        control.splits.done = None;
+        let Some((_, guest, _)) = &control.splits.prepared else {
+            return Ok(());
+        };
+        let (guest, directory) = (*guest, self.directory.as_ref());
+        if let Some(mut owner) = read_owner(directory)?
+            && owner.layer == Some(guest)
+        {
+            owner.layer = self.chain().layers.first().map(Layer::uuid);
+            directory
+                .replace("owner.json", &owner.encode())
+                .map_err(DiskError::io("replacing", directory.path("owner.json")))?;
+        }
+        control.splits.prepared = None;
+        // Nothing was ever written to it.
+        layer::remove(directory, guest)
     }
 }
