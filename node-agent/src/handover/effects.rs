@@ -179,7 +179,8 @@ pub trait Effects {
     fn prepare_clone(&mut self, operation: &Operation) -> Effected<()>;
 
     /// Guest agent `Sync` and `FreezeFilesystems`, guest's VMM `split`, guest agent `ThawFilesystems`; thaws
-    /// also when the split failed. A disk that is split already is [`SplitOutcome::Unsure`].
+    /// also when the split failed. A disk that is split already is [`SplitOutcome::Unsure`]; it is looked at
+    /// while frozen, so that a split that was on its way from an earlier try is not taken for this one's.
     fn split(&mut self, operation: &Operation) -> Effected<SplitOutcome>;
 
     /// Clone's VMM `boot`.
@@ -234,7 +235,8 @@ pub trait Effects {
     /// The clone's VMM process is gone when this returns, however it got there.
     fn kill_clone(&mut self, operation: &Operation) -> Effected<()>;
 
-    /// Removes the clone's layer; it is gone, or never was, when this returns.
+    /// Removes the clone's layer; it is gone, or never was, when this returns. (A `prepare-split` that comes
+    /// late may make it again; the guest manager removes layers that no chain names.)
     fn discard_clone(&mut self, operation: &Operation) -> Effected<()>;
 
     /// Dormant VMM `network/give` to the clone's. `GuestGone` where it has ended.

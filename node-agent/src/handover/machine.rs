@@ -6,7 +6,7 @@ use understudy_api::conditions::reasons;
 use super::effects::{
     Activation, CloneBoot, EffectError, Effected, ErrorKind, Preflight, Round, Sealed, SplitOutcome,
 };
-use super::record::{Moment, Operation, Step, Trouble, Verdict};
+use super::record::{Moment, Operation, Step, TakenBack, Trouble, Verdict};
 use understudy_api::reboot::Remains;
 use understudy_vmm_control::owner::Owner;
 
@@ -117,6 +117,7 @@ pub fn resume(mut operation: Operation, now: Moment) -> Operation {
     if operation.step.is_held() || operation.step == Step::Commit {
         take_back(
             &mut operation,
+            reasons::STEP_FAILED,
             "the node agent was restarted during the cutover".to_owned(),
         );
     }
@@ -150,7 +151,7 @@ pub fn interrupt(mut operation: Operation, abort: Option<String>, now: Moment) -
             .is_some_and(|held| now.since(held) >= operation.plan.max_pause)
         {
             let message = format!("maxPause was exceeded in step {:?}", operation.step);
-            take_back(&mut operation, message);
+            take_back(&mut operation, reasons::MAX_PAUSE_EXCEEDED, message);
         }
         return operation;
     }
@@ -253,10 +254,8 @@ fn succeeded(operation: &mut Operation, outcome: Outcome, started: Moment, now: 
             operation.step = Step::FinalIntegrate;
         }
         (Step::Verify, Outcome::Dirty(dirty)) => {
-            take_back(
-                operation,
-                format!("{dirty} entries changed although programs were frozen"),
-            );
+            let message = format!("{dirty} entries changed although programs were frozen");
+            take_back(operation, reasons::STEP_FAILED, message);
         }
         (Step::Pause, _) => operation.step = Step::Commit,
         (Step::Commit, _) => go_forward(operation, now),
@@ -393,8 +392,8 @@ fn retired(operation: &mut Operation, now: Moment) {
         .filter(|_| operation.result.taken_back > 0)
     {
         message.push_str(&format!(
-            "; {} cutovers were taken back before, the last because {taken_back}",
-            operation.result.taken_back
+            "; {} cutovers were taken back before, the last because {}",
+            operation.result.taken_back, taken_back.message
         ));
     }
     operation.finish(Verdict::succeeded(reasons::REBOOTED, message), now);
@@ -407,10 +406,13 @@ fn thawed(operation: &mut Operation, now: Moment) {
         return;
     }
     operation.result.taken_back += 1;
-    let why = operation.taken_back.clone().unwrap_or_default();
+    let (reason, why) = operation.taken_back.as_ref().map_or_else(
+        || (reasons::STEP_FAILED.to_owned(), String::new()),
+        |taken_back| (taken_back.reason.clone(), taken_back.message.clone()),
+    );
     if operation.result.taken_back >= MAX_CUTOVERS {
         let message = format!("{MAX_CUTOVERS} cutovers were taken back, the last because {why}");
-        operation.undo = Some(Verdict::failed(reasons::MAX_PAUSE_EXCEEDED, message));
+        operation.undo = Some(Verdict::failed(&reason, message));
         operation.step = Step::ThawFilesystems;
         return;
     }
@@ -440,8 +442,11 @@ fn undone(operation: &mut Operation, now: Moment) {
 }
 
 /// Starts to take the cutover back: the guest serves on, whatever the clone becomes.
-pub(super) fn take_back(operation: &mut Operation, why: String) {
-    operation.taken_back = Some(why);
+pub(super) fn take_back(operation: &mut Operation, reason: &str, message: String) {
+    operation.taken_back = Some(TakenBack {
+        reason: reason.to_owned(),
+        message,
+    });
     operation.trouble = None;
     operation.step = Step::Release;
 }

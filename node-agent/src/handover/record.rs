@@ -176,6 +176,16 @@ pub struct Verdict {
     pub message: String,
 }
 
+/// Why a cutover was taken back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TakenBack {
+    /// One of [`understudy_api::conditions::reasons`]: that of the operation, should it be the last try.
+    pub reason: String,
+    /// For people.
+    pub message: String,
+}
+
 /// A phase and when it began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Transition {
@@ -226,7 +236,7 @@ pub struct Operation {
     /// How often the final round was repeated in this cutover.
     pub repeats: u32,
     /// Why the last cutover was taken back.
-    pub taken_back: Option<String>,
+    pub taken_back: Option<TakenBack>,
     /// When the clone's vCPUs were started.
     pub boot_started: Option<Moment>,
     /// When ingress was held, in this cutover.

@@ -16,7 +16,8 @@ pub(super) fn failed(operation: &mut Operation, error: &EffectError, now: Moment
         held(operation, error, now);
     } else if step == Step::Commit {
         // Whether it happened is for `owner.json` to say, after a release has made it void.
-        take_back(operation, format!("the commit was not carried out: {error}"));
+        let message = format!("the commit was not carried out: {error}");
+        take_back(operation, reason_of_take_back(error), message);
     } else if step.is_forward() {
         forward(operation, error, now);
     } else {
@@ -46,17 +47,27 @@ fn forward(operation: &mut Operation, error: &EffectError, now: Moment) {
 
 /// While the guest is held: nothing is tried again under the lease.
 fn held(operation: &mut Operation, error: &EffectError, now: Moment) {
+    // What a guest refuses for the moment (a program that does not freeze in time) it may do at the next
+    // try, of which there are few; a round that is refused stays so.
+    let final_refusal = error.kind == ErrorKind::Refused && operation.step == Step::FinalIntegrate;
     match error.kind {
-        ErrorKind::Retry | ErrorKind::Lapsed => {
-            take_back(operation, format!("step {:?} failed: {error}", operation.step));
+        ErrorKind::Retry | ErrorKind::Lapsed | ErrorKind::Refused if !final_refusal => {
+            let message = format!("step {:?} failed: {error}", operation.step);
+            take_back(operation, reason_of_take_back(error), message);
         }
         ErrorKind::GuestGone => {
             operation.guest_gone = true;
             begin_undo(operation, verdict(operation.step, error), now);
         }
-        ErrorKind::Refused | ErrorKind::CloneGone => {
-            begin_undo(operation, verdict(operation.step, error), now);
-        }
+        _ => begin_undo(operation, verdict(operation.step, error), now),
+    }
+}
+
+fn reason_of_take_back(error: &EffectError) -> &'static str {
+    match (error.reason, error.kind) {
+        ("", ErrorKind::Lapsed) => reasons::MAX_PAUSE_EXCEEDED,
+        ("", _) => reasons::STEP_FAILED,
+        (reason, _) => reason,
     }
 }
 
