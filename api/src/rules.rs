@@ -319,3 +319,7 @@ mod tests {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "cel_test.rs"]
+mod cel;

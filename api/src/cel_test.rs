@@ -1,0 +1,210 @@
+//! Each rule is written twice, as CEL and in Rust. Here both judge the same objects.
+
+use std::collections::BTreeSet;
+
+use serde_json::{Value, json};
+
+use crate::crd::Kind;
+use crate::validation::{validate, validate_change};
+
+/// Objects that satisfy every rule, with every field set that a rule speaks of.
+fn good(kind: Kind) -> Value {
+    match kind {
+        Kind::Guest => json!({
+            "metadata": {"name": "web"},
+            "spec": {
+                "nodeName": "node-a.example", "cpus": 2, "memory": "512Mi",
+                "boot": {"kernel": "vmlinuz", "initrd": "boot/initrd.img", "cmdline": "root=/dev/vda ro"},
+                "disks": [
+                    {"name": "root", "role": "Root", "source": "web.img", "readOnly": false},
+                    {"name": "data", "role": "Data", "source": "/srv/data.img", "readOnly": true},
+                ],
+                "networks": [{"bridge": "br0", "mac": "52:54:00:12:34:56"}],
+            }
+        }),
+        Kind::SeamlessReboot => json!({
+            "metadata": {"name": "web-1"},
+            "spec": {
+                "guestName": "web", "reason": "a newer kernel",
+                "expect": {"kernelRelease": "6.1.0-50-cloud-amd64"},
+                "services": {"hold": ["cron.service"], "stop": ["db@1.service"]},
+                "cutover": {"maxPause": "10s"}, "retainDormantFor": "10m",
+                "timeouts": {"pending": "1m", "cloning": "1m", "rebooting": "1m30s", "integrating": "1h"},
+            },
+            "status": {"observedGeneration": 1, "phase": "Integrating"},
+        }),
+    }
+}
+
+/// Values that some rule or other refuses, by JSON pointer.
+fn changes(kind: Kind) -> Vec<(&'static str, Value)> {
+    let words = [
+        "",
+        "a",
+        "A",
+        "a b",
+        "-a",
+        "a.b",
+        "a..b",
+        "../a",
+        "/etc/passwd",
+        "a/./b",
+        "a//b",
+        "br0",
+        "two\nlines",
+        "10s",
+        "0s",
+        "99ms",
+        "100ms",
+        "2m",
+        "2m1s",
+        "24h",
+        "25h",
+        "10",
+        "-1s",
+        "1.5s",
+        "5d",
+        "512Mi",
+        "63Mi",
+        "64Mi",
+        "1Ti",
+        "2Ti",
+        "1024Gi",
+        "1025Gi",
+        "0512Mi",
+        "52:54:00:12:34:56",
+        "53:54:00:12:34:56",
+        "52:54:00:12:34:5G",
+        "cron.service",
+        "cron",
+        "a.mount",
+        "6.1.0-50",
+        "ü",
+    ];
+    let pointers: &[&str] = match kind {
+        Kind::Guest => &[
+            "/spec/nodeName",
+            "/spec/memory",
+            "/spec/boot/kernel",
+            "/spec/boot/initrd",
+            "/spec/boot/cmdline",
+            "/spec/disks/0/name",
+            "/spec/disks/0/source",
+            "/spec/networks/0/bridge",
+            "/spec/networks/0/mac",
+        ],
+        Kind::SeamlessReboot => &[
+            "/spec/guestName",
+            "/spec/reason",
+            "/spec/expect/kernelRelease",
+            "/spec/services/hold/0",
+            "/spec/services/stop/0",
+            "/spec/cutover/maxPause",
+            "/spec/retainDormantFor",
+            "/spec/timeouts/pending",
+            "/spec/timeouts/cloning",
+            "/spec/timeouts/rebooting",
+            "/spec/timeouts/integrating",
+        ],
+    };
+    let mut changes: Vec<(&str, Value)> = pointers
+        .iter()
+        .flat_map(|pointer| words.iter().map(|word| (*pointer, json!(word))))
+        .collect();
+    changes.push(("/metadata/name", json!("a".repeat(64))));
+    match kind {
+        Kind::Guest => changes.extend([
+            ("/spec/boot", json!({})),
+            ("/spec/boot", json!({"fromDisk": {}})),
+            ("/spec/boot", json!({"fromDisk": {}, "kernel": "k"})),
+            ("/spec/boot", json!({"fromDisk": {}, "cmdline": "quiet"})),
+            ("/spec/disks/0/role", json!("Data")),
+            ("/spec/disks/1/role", json!("Root")),
+            ("/spec/disks/0/readOnly", json!(true)),
+            ("/spec/disks/1/source", json!("web.img")),
+            ("/spec/networks", json!([])),
+            ("/spec", {
+                let mut spec = good(kind)["spec"].clone();
+                spec.as_object_mut().unwrap().remove("nodeName");
+                spec
+            }),
+        ]),
+        Kind::SeamlessReboot => changes.extend([
+            ("/spec/expect", json!({})),
+            ("/spec/expect", json!({"bootedAfter": "2026-11-22T18:00:00Z"})),
+            ("/status/phase", json!("Failed")),
+        ]),
+    }
+    changes
+}
+
+/// Messages of the rules that CEL finds broken.
+fn by_cel(kind: Kind, new: &Value, old: Option<&Value>) -> BTreeSet<String> {
+    kube_cel::validate(kind.schema(), new, old)
+        .map_or_else(|errors| errors.into_vec(), |()| Vec::new())
+        .iter()
+        .map(|error| {
+            let kind = &error.kind;
+            assert!(
+                matches!(kind, kube_cel::ErrorKind::ValidationFailure),
+                "{kind:?} at {}: {}: {}",
+                error.field_path,
+                error.rule,
+                error.message
+            );
+            error.message.clone()
+        })
+        .collect()
+}
+
+/// Messages of the rules that our functions find broken; `None` where the schema alone refuses.
+fn by_function(kind: Kind, new: &Value, old: Option<&Value>) -> Option<BTreeSet<String>> {
+    let errors = match old {
+        Some(old) => validate_change(kind, old, new),
+        None => validate(kind, new),
+    };
+    let rules: BTreeSet<&str> = kind.rules().iter().map(|rule| rule.message.as_str()).collect();
+    errors
+        .iter()
+        .map(|error| {
+            rules
+                .contains(error.message.as_str())
+                .then(|| error.message.clone())
+        })
+        .collect()
+}
+
+#[test]
+fn cel_and_rust_refuse_the_same_objects_in_the_same_words() {
+    for kind in Kind::ALL {
+        let base = good(kind);
+        assert_eq!(by_cel(kind, &base, None), BTreeSet::new());
+        assert_eq!(by_function(kind, &base, Some(&base)), Some(BTreeSet::new()));
+        let mut broken = BTreeSet::new();
+        for (pointer, value) in changes(kind) {
+            let mut object = base.clone();
+            *object.pointer_mut(pointer).unwrap() = value.clone();
+            for (new, old) in [(&object, None), (&object, Some(&base)), (&base, Some(&object))] {
+                let Some(ours) = by_function(kind, new, old) else {
+                    continue;
+                };
+                let theirs = by_cel(kind, new, old);
+                assert_eq!(
+                    ours,
+                    theirs,
+                    "{pointer} = {value}, {}",
+                    if old.is_some() { "changed" } else { "new" }
+                );
+                broken.extend(ours);
+            }
+        }
+        for rule in kind.rules() {
+            assert!(
+                broken.contains(&rule.message),
+                "nothing breaks {:?} at {}",
+                rule.message,
+                rule.path
+            );
+        }
+    }
+}
