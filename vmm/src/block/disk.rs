@@ -1,7 +1,6 @@
 //! One disk of a guest: its chain, shared by the block device, the control API and merging.
 
 use std::io;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -230,11 +229,6 @@ impl Disk {
         let result = carry_out(&plan);
         chain.flushed(&plan, result.is_ok());
         result.map(|()| then(&mut chain))
-    }
-
-    /// Path of the source of a disk with this configuration, for messages.
-    pub fn source_of(config: &config::Disk) -> &Path {
-        &config.source
     }
 }
 

@@ -28,6 +28,8 @@ pub const SECTOR: u64 = 512;
 pub const BLOCK: u64 = 4096;
 
 #[cfg(test)]
+mod disk_files_test;
+#[cfg(test)]
 mod disk_test;
 #[cfg(test)]
 mod sim;
