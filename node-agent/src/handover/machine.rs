@@ -320,6 +320,15 @@ fn booted(operation: &mut Operation, boot: &CloneBoot, now: Moment) {
         );
         return;
     }
+    // A clone that ended in the emergency shell has left `starting`, too.
+    if !["running", "degraded"].contains(&boot.system_state.as_str()) {
+        let message = format!(
+            "the clone's systemd is {:?}, not running; its console log tells why",
+            boot.system_state
+        );
+        begin_undo(operation, Verdict::failed(reasons::UNITS_FAILED, message), now);
+        return;
+    }
     let before = operation.before.as_ref();
     let known = |unit: &&String| before.is_some_and(|before| before.failed_units.contains(unit));
     let failed: Vec<&str> = boot

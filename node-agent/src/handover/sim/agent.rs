@@ -315,7 +315,11 @@ impl Effects for World {
             boot_id: "after".to_owned(),
             kernel_release: if old { OLD_KERNEL } else { NEW_KERNEL }.to_owned(),
             booted_at: moment(self.now).unix_us,
-            system_state: "running".to_owned(),
+            system_state: if self.boot_fate == BootFate::EmergencyShell {
+                "maintenance".to_owned()
+            } else {
+                "degraded".to_owned()
+            },
             failed_units,
         }))
     }

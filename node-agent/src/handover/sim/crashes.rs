@@ -108,6 +108,7 @@ fn a_clone_that_does_not_come_up_costs_nothing() {
         BootFate::Hangs,
         BootFate::Panics,
         BootFate::FailsAUnit,
+        BootFate::EmergencyShell,
         BootFate::OldKernel,
     ] {
         for seed in 0..20 {

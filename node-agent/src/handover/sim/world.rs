@@ -141,6 +141,7 @@ pub enum BootFate {
     Hangs,
     Panics,
     FailsAUnit,
+    EmergencyShell,
     OldKernel,
 }
 
