@@ -1,5 +1,6 @@
 //! The virtio block device (virtio 1.2, 5.2).
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -33,6 +34,9 @@ const QUEUE_SIZE: u16 = 256;
 
 /// How often a write that found the host's file system full is tried again.
 const FULL_RETRY: Duration = Duration::from_millis(500);
+
+/// Most failed requests that are logged between two resets.
+const MAX_LOGGED: u32 = 20;
 
 /// Shows a [`Disk`] to the guest. Requests are carried out by one thread, in order, but for writes that
 /// wait: at the closed gate, or for room on the host. Reads pass those.
@@ -148,12 +152,15 @@ impl VirtioDevice for BlockDevice {
             ring: Ring::new(&self.name, &memory, &interrupt, queue, features),
             held: VecDeque::new(),
             held_reported: 0,
+            logged: Cell::new(0),
         };
         let subscription = self.gate.subscribe(waker);
         let worker = Worker::spawn(&self.name, move |stop| {
             requests.run(&stop);
             drop(subscription);
             requests.report_held(0);
+            // What waited for room is gone with its driver.
+            requests.disk.set_full(false);
             requests.ring.into_queue()
         })
         .map_err(io("starting a thread"))?;
@@ -187,6 +194,8 @@ struct Requests {
     held: VecDeque<Request>,
     /// How many of them the counter knows.
     held_reported: u64,
+    /// Failed requests that were logged.
+    logged: Cell<u32>,
 }
 
 impl Requests {
@@ -326,9 +335,24 @@ impl Requests {
             Ok(()) => Outcome::Done(VIRTIO_BLK_S_OK, 0),
             Err(error) if is_full(&error) => Outcome::Full,
             Err(error) => {
-                tracing::warn!(device = self.name, operation = ?request.operation, %error, "a request failed");
+                self.log_failure(request, &error);
                 Outcome::Done(VIRTIO_BLK_S_IOERR, 0)
             }
+        }
+    }
+
+    /// Logs a failed request, but not for ever: the guest could fill the host's log with them.
+    fn log_failure(&self, request: &Request, error: &io::Error) {
+        let logged = self.logged.get();
+        if logged < MAX_LOGGED {
+            self.logged.set(logged + 1);
+            tracing::warn!(device = self.name, operation = ?request.operation, %error, "a request failed");
+        }
+        if logged + 1 == MAX_LOGGED {
+            tracing::warn!(
+                device = self.name,
+                "further failures are not logged until the device is reset"
+            );
         }
     }
 

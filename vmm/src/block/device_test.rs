@@ -245,6 +245,16 @@ fn writes_wait_while_the_host_is_full_and_reads_go_on() {
     assert_eq!(bench.status(status), VIRTIO_BLK_S_OK);
     assert!(!disk.is_full() && !disk.info().full);
     assert_eq!(bench.counters.report().block_writes, 1);
+    // A reset ends the waiting, and what was reported of it.
+    sim.set_full(true);
+    bench.offer(OUT, 9, &[readable(DATA_AT, 512)]);
+    assert_eq!(
+        bench.request(IN, 9, &[writable(DATA_AT + 0x1000, 512)]),
+        VIRTIO_BLK_S_OK
+    );
+    assert!(disk.is_full());
+    bench.device.reset();
+    assert!(!disk.is_full());
 }
 
 #[test]
