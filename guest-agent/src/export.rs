@@ -186,10 +186,15 @@ impl Capture {
     /// Adds all that changed since the last round.
     fn collect(&self, rounds: &mut Rounds, changes: &mut Changes) -> Result<(), ExportError> {
         let views = self.filter.views();
-        let silent = rounds.silent.look(&views).map_err(ExportError::Look)?;
+        let (silent, doubtful) = rounds.silent.look(&views).map_err(ExportError::Look)?;
         // See `silent`: stamps first, then out with everything, then contents are read.
         for view in &views {
             view.sync().map_err(ExportError::Look)?;
+        }
+        for spot in doubtful {
+            if differs(&views[spot.0], &spot, rounds.sent.get(&spot)) {
+                changes.entry(spot).or_default().merge(Change::default());
+            }
         }
         let swap = swap_files(&views);
         for (spot, change) in silent.into_iter().chain(self.filter.drain()?) {
@@ -200,6 +205,21 @@ impl Capture {
         }
         Ok(())
     }
+}
+
+/// Whether a file's content is another one than what the clone has of it. What cannot be compared differs.
+fn differs(view: &View, spot: &Spot, sent: Option<&Sent>) -> bool {
+    let compare = |known: &Sent| -> Result<bool, FrameError> {
+        let fd = open_quietly(view, &spot.1)?;
+        let handle = crate::sys::handle::handle_of(&fd, c"")?;
+        if handle != known.handle {
+            return Ok(true);
+        }
+        let size = stat_fd(&fd)?.stx_size;
+        let (now, _) = Sender::new(&mut io::sink(), Some(known)).send(&fd, size, handle)?;
+        Ok(now != *known)
+    };
+    sent.is_none_or(|known| compare(known).unwrap_or(true))
 }
 
 /// Files that are in use as swap: their content means nothing to the clone.

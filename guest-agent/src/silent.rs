@@ -50,8 +50,11 @@ impl Stamp {
 
     /// Whether a file that had this stamp surely has not changed since.
     fn still(&self, now: &Self) -> bool {
-        !self.racy
-            && (self.ino, self.ctime, self.mtime, self.size) == (now.ino, now.ctime, now.mtime, now.size)
+        !self.racy && self.equals(now)
+    }
+
+    fn equals(&self, now: &Self) -> bool {
+        (self.ino, self.ctime, self.mtime, self.size) == (now.ino, now.ctime, now.mtime, now.size)
     }
 }
 
@@ -81,32 +84,32 @@ impl Silent {
         Ok(silent)
     }
 
-    /// What may have changed since the last look. The caller writes everything out afterwards, before it
+    /// What may have changed since the last look, and what has the stamp it had then, but one too young to be
+    /// trusted: of that the content decides. The caller writes everything out afterwards, before it
     /// reads contents.
-    pub fn look(&mut self, views: &[Arc<View>]) -> io::Result<Changes> {
+    pub fn look(&mut self, views: &[Arc<View>]) -> io::Result<(Changes, Vec<Spot>)> {
         let mut changes = Changes::new();
+        let mut doubtful = Vec::new();
         let mut known = HashMap::new();
         for writer in writers(views) {
             let Some(stat) = views[writer.spot.0].stat(&writer.spot.1)? else {
                 continue;
             };
             let stamp = Stamp::of(&stat);
-            if !self
-                .known
-                .get(&writer.spot)
-                .is_some_and(|before| before.still(&stamp))
-            {
-                changes
+            match self.known.get(&writer.spot) {
+                Some(before) if before.still(&stamp) => {}
+                Some(before) if before.equals(&stamp) => doubtful.push(writer.spot.clone()),
+                _ => changes
                     .entry(writer.spot.clone())
                     .or_default()
-                    .merge(Change::default());
+                    .merge(Change::default()),
             }
             known.insert(writer.spot, stamp);
         }
         // One that is no longer open has told so when it was closed.
         self.known = known;
         self.look_at_upper_directories(views, &mut changes)?;
-        Ok(changes)
+        Ok((changes, doubtful))
     }
 
     fn look_at_upper_directories(&mut self, views: &[Arc<View>], changes: &mut Changes) -> io::Result<()> {

@@ -316,3 +316,54 @@ fn the_guests_active_journal_becomes_an_archived_one_beside_the_clones() {
     assert_eq!(read(pair.clone.join(folder).join("system.journal")), "own\n");
     assert_eq!(fs::read_dir(pair.clone.join(folder)).unwrap().count(), 2);
 }
+
+#[test]
+fn once_nothing_changes_any_more_nothing_is_counted_as_dirty() {
+    use std::io::{BufRead, BufReader, Read, Write};
+    use understudy_channel::{Export, Transfer, read_frame};
+    if !is_root() {
+        return;
+    }
+    let pair = Pair::new(|root| sh(root, "echo base > log"));
+    let (capture, importer) = (pair.capture(), pair.importer());
+    // A program that has written to an open file just now, and is frozen.
+    let script = "exec 3>>log; for i in 1 2 3; do echo line >&3; done; echo written; read go";
+    let mut child = Command::new("sh")
+        .args(["-c", script])
+        .current_dir(&pair.guest)
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.as_mut().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    let (_, applied) = round(&capture, &importer, 0, true);
+    let count = |applied| {
+        let mut out = Vec::new();
+        let export = Export {
+            operation: "operation-1".into(),
+            applied,
+            last: true,
+            count_only: true,
+        };
+        capture.export(&export, &mut out).unwrap();
+        let Transfer::RoundEnd(end) = read_frame(&mut out.as_slice()).unwrap() else {
+            panic!()
+        };
+        end
+    };
+    assert_eq!(count(applied.round).entries, 0);
+    assert_eq!(count(applied.round).dirty, 0);
+    sh(&pair.guest, "echo late >> log");
+    assert_eq!(
+        count(applied.round).entries,
+        1,
+        "what is written after the last round is seen"
+    );
+    assert_eq!(count(applied.round).entries, 1, "and stays dirty");
+    child.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+    child.stdout.take().unwrap().read_to_end(&mut Vec::new()).unwrap();
+    child.wait().unwrap();
+}
