@@ -351,7 +351,7 @@ fn run_until_ordered(vcpu: &mut VcpuFd, board: &Board) -> bool {
             // With an in-kernel APIC a halted vCPU sleeps in the kernel.
             Ok(VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {}
             Ok(VcpuExit::Shutdown) => {
-                board.crashed("a vCPU shut down (triple fault)");
+                board.crashed(&format!("a vCPU shut down (triple fault) at {}", position(vcpu)));
                 return true;
             }
             Ok(VcpuExit::SystemEvent(kind, data)) => {
@@ -359,9 +359,10 @@ fn run_until_ordered(vcpu: &mut VcpuFd, board: &Board) -> bool {
                 return true;
             }
             Ok(VcpuExit::InternalError) => {
-                board.crashed(
-                    "KVM could not emulate an instruction of the guest (KVM_EXIT_INTERNAL_ERROR); `understudy-vmm check` tells whether this host can run stock kernels",
-                );
+                board.crashed(&format!(
+                    "KVM could not emulate an instruction of the guest (KVM_EXIT_INTERNAL_ERROR) at {}; `understudy-vmm check` tells whether this host can run stock kernels",
+                    position(vcpu)
+                ));
                 return true;
             }
             Ok(VcpuExit::FailEntry(reason, cpu)) => {
@@ -381,5 +382,16 @@ fn run_until_ordered(vcpu: &mut VcpuFd, board: &Board) -> bool {
                 return true;
             }
         }
+    }
+}
+
+/// Where a vCPU stopped, for the exit reason.
+fn position(vcpu: &VcpuFd) -> String {
+    match (vcpu.get_regs(), vcpu.get_sregs()) {
+        (Ok(regs), Ok(sregs)) => format!(
+            "rip {:#x}, rsp {:#x}, cr0 {:#x}, cr2 {:#x}, cr3 {:#x}, cr4 {:#x}",
+            regs.rip, regs.rsp, sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4
+        ),
+        (Err(error), _) | (_, Err(error)) => format!("an unknown place ({error})"),
     }
 }
