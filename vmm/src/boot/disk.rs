@@ -190,39 +190,5 @@ impl Reader<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn names(names: &[&str]) -> Vec<String> {
-        names.iter().map(|name| (*name).to_owned()).collect()
-    }
-
-    #[test]
-    fn the_newest_kernel_that_has_its_initrd_is_chosen() {
-        let found = choose(
-            "root",
-            &names(&[
-                "vmlinuz-6.1.0-9-cloud-amd64",
-                "initrd.img-6.1.0-9-cloud-amd64",
-                "vmlinuz-6.1.0-56-cloud-amd64",
-                "initrd.img-6.1.0-56-cloud-amd64",
-                "vmlinuz-6.12.1-cloud-amd64",
-                "vmlinuz-7.0.dpkg-new",
-                "config-6.1.0-56-cloud-amd64",
-            ]),
-        )
-        .unwrap();
-        assert_eq!(found.0, "vmlinuz-6.1.0-56-cloud-amd64");
-        assert_eq!(found.1, "initrd.img-6.1.0-56-cloud-amd64");
-    }
-
-    #[test]
-    fn a_disk_without_kernel_or_initrd_is_told_what_to_install() {
-        assert!(matches!(
-            choose("root", &names(&["grub"])),
-            Err(DiskBootError::NoKernel { .. })
-        ));
-        let error = choose("root", &names(&["vmlinuz-6.1"])).unwrap_err().to_string();
-        assert!(error.contains("/boot/initrd.img-6.1"), "{error}");
-    }
-}
+#[path = "disk_test.rs"]
+mod tests;
