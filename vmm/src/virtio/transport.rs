@@ -589,3 +589,7 @@ fn capability(kind: u8, offset: u32, length: u32, extra: Option<u32>) -> Vec<u8>
     }
     body
 }
+
+#[cfg(test)]
+#[path = "transport_test.rs"]
+mod tests;
