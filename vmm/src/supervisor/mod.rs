@@ -90,6 +90,8 @@ pub struct Supervisor {
     console: ConsoleLog,
     events: Sender<Event>,
     inner: Mutex<Inner>,
+    /// While a boot is being put together: what held before.
+    before_boot: Mutex<Option<VmInfo>>,
     lease_changed: Condvar,
     stop_asked: AtomicBool,
 }
@@ -173,6 +175,7 @@ impl Supervisor {
                 kernel: None,
                 exit_reason: None,
             }),
+            before_boot: Mutex::default(),
             lease_changed: Condvar::new(),
             stop_asked: AtomicBool::new(false),
             config,
@@ -201,6 +204,13 @@ impl Supervisor {
     }
 
     fn start_locked(&self, inner: &mut Inner) -> Result<(), StartError> {
+        *self.before_boot() = Some(self.describe(inner));
+        let result = self.assemble(inner);
+        *self.before_boot() = None;
+        result
+    }
+
+    fn assemble(&self, inner: &mut Inner) -> Result<(), StartError> {
         let devices = match inner.devices.take() {
             Some(devices) => devices,
             None => Devices::open(&self.config, &inner.platform, &self.gates, &self.counters)?,
@@ -312,9 +322,24 @@ impl Supervisor {
         }
     }
 
-    /// The answer of `GET /v1/vm`.
+    /// The answer of `GET /v1/vm`. While a boot reads kernel and initrd, which may take seconds, it is what
+    /// held before, so that a live VMM is never silent.
     pub fn info(&self) -> VmInfo {
-        let inner = self.lock();
+        let before = self.before_boot().clone();
+        match before {
+            Some(info) => VmInfo {
+                counters: self.counters.report(),
+                ..info
+            },
+            None => self.describe(&self.lock()),
+        }
+    }
+
+    fn before_boot(&self) -> MutexGuard<'_, Option<VmInfo>> {
+        self.before_boot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn describe(&self, inner: &Inner) -> VmInfo {
         VmInfo {
             api_version: API_VERSION,
             vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -326,7 +351,7 @@ impl Supervisor {
             boots: inner.boots,
             kernel: inner.kernel.clone(),
             exit_reason: inner.exit_reason.clone(),
-            gates: self.gates_report(&inner),
+            gates: self.gates_report(inner),
             counters: self.counters.report(),
             disks: inner.devices.as_ref().map(Devices::disk_info).unwrap_or_default(),
             interfaces: inner
