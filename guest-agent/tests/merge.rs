@@ -367,3 +367,53 @@ fn once_nothing_changes_any_more_nothing_is_counted_as_dirty() {
     child.stdout.take().unwrap().read_to_end(&mut Vec::new()).unwrap();
     child.wait().unwrap();
 }
+
+#[test]
+fn a_session_that_breaks_within_a_joined_log_loses_no_line_of_the_clone() {
+    use understudy_channel::{Export, Import};
+    if !is_root() {
+        return;
+    }
+    let pair = Pair::new(|root| sh(root, "mkdir -p var/log; echo base > var/log/app.log"));
+    let (capture, importer) = (pair.capture(), pair.importer());
+    let log = pair.clone.join("var/log/app.log");
+    sh(&pair.guest, "echo guest 1 >> var/log/app.log");
+    sh(&pair.clone, "echo clone 1 >> var/log/app.log");
+    let (_, applied) = round(&capture, &importer, 0, false);
+    sh(&pair.guest, "echo guest 2 >> var/log/app.log");
+    let mut stream = Vec::new();
+    let export = Export {
+        operation: "operation-1".into(),
+        applied: applied.round,
+        last: false,
+        count_only: false,
+    };
+    capture.export(&export, &mut stream).unwrap();
+    let import = Import {
+        operation: "operation-1".into(),
+        on_conflict: OnConflict::PreferGuest,
+    };
+    for cut in 1..stream.len() {
+        assert!(importer.import(&import, &mut &stream[..cut]).is_err());
+        let now = read(&log);
+        assert!(
+            now.ends_with("clone 1\n") && now.matches("clone 1").count() == 1,
+            "cut at {cut}: {now}"
+        );
+    }
+    let (_, applied) = round(&capture, &importer, applied.round, true);
+    assert_eq!(read(&log), "base\nguest 1\nguest 2\nclone 1\n");
+    assert_eq!(applied.round, 3);
+}
+
+#[test]
+fn a_hole_at_the_end_of_a_file_stays_one() {
+    if !is_root() {
+        return;
+    }
+    let pair = Pair::new(|root| sh(root, "head -c 64593 /dev/urandom > a"));
+    let (capture, importer) = (pair.capture(), pair.importer());
+    sh(&pair.guest, "truncate -s 61440 a; truncate -s 64593 a");
+    round(&capture, &importer, 0, true);
+    pair.assert_equal();
+}
