@@ -102,6 +102,11 @@ impl Importer {
         }
     }
 
+    /// Ends watching what the clone changes itself.
+    pub fn end(&self) {
+        self.touched.end();
+    }
+
     fn round(&self, request: &Import, stream: &mut impl Read) -> Result<Applied, ImportError> {
         let mut guard = lock(&self.memory);
         if guard.as_ref().is_none_or(|m| m.operation != request.operation) {

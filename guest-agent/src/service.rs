@@ -87,7 +87,7 @@ pub struct Agent {
     pub userland: Userland,
     capture: Mutex<Option<Arc<Capture>>>,
     /// The importing side, on a clone.
-    importer: Option<Importer>,
+    importer: Mutex<Option<Arc<Importer>>>,
     activated: Mutex<Option<Activated>>,
     open: AtomicUsize,
 }
@@ -102,7 +102,7 @@ impl Agent {
             filesystems: Filesystems::default(),
             userland: Userland::default(),
             capture: Mutex::new(None),
-            importer,
+            importer: Mutex::new(importer.map(Arc::new)),
             activated: Mutex::new(None),
             open: AtomicUsize::new(0),
         })
@@ -182,12 +182,13 @@ impl Agent {
         if !self.config.role.clone {
             return Err("this is not a clone: there is nothing to activate".to_owned());
         }
-        let stopped = self
-            .importer
-            .as_ref()
-            .map(|i| i.stopped_units(operation))
-            .unwrap_or_default();
+        let importer = lock(&self.importer).clone();
+        let stopped = importer.map(|i| i.stopped_units(operation)).unwrap_or_default();
         let done = activate::activate(&self.config.role, &stopped)?;
+        // What changes from now on is nobody's conflict: watching it would only gather memory.
+        if let Some(importer) = lock(&self.importer).take() {
+            importer.end();
+        }
         *activated = Some(done.clone());
         Ok(done)
     }
@@ -372,9 +373,8 @@ pub fn session(agent: &Arc<Agent>, mut stream: Stream) -> Result<(), understudy_
             Ok(())
         }
         Purpose::Import(request) => {
-            let importer = agent
-                .importer
-                .as_ref()
+            let importer = lock(&agent.importer)
+                .clone()
                 .filter(|_| agent.config.role.is_waiting_clone());
             let Some(importer) = importer else {
                 let reason = "this is not a clone that waits for its cutover: nothing is imported".to_owned();
