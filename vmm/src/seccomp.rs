@@ -186,8 +186,14 @@ fn program() -> Result<BpfProgram, String> {
     // Sockets of this host only.
     rules.insert(libc::SYS_socket, vec![equal(0, libc::AF_UNIX as u64)?]);
     rules.insert(libc::SYS_socketpair, vec![equal(0, libc::AF_UNIX as u64)?]);
-    // Threads are named.
-    rules.insert(libc::SYS_prctl, vec![equal(0, libc::PR_SET_NAME as u64)?]);
+    // Threads are named, and so is the guest's RAM.
+    rules.insert(
+        libc::SYS_prctl,
+        vec![
+            equal(0, libc::PR_SET_NAME as u64)?,
+            equal(0, libc::PR_SET_VMA as u64)?,
+        ],
+    );
     let mut ioctls = vec![masked(1, 0xff00, KVM_TYPE << 8)?];
     for request in IOCTLS {
         ioctls.push(equal(1, *request)?);

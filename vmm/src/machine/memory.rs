@@ -1,11 +1,8 @@
-//! Guest RAM: one memfd named `guest-ram`, mapped shared, so that `/proc/PID/smaps` tells it from the
-//! process's own memory.
+//! Guest RAM: anonymous memory named `guest-ram`, so that `/proc/PID/smaps` tells it from the process's own.
 
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd};
 
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::layout;
 
@@ -44,13 +41,17 @@ pub enum MemoryError {
 
 /// Smallest guest: a kernel and its initrd need some room.
 const MINIMUM_MIB: u64 = 16;
+/// A huge page of x86-64.
+const HUGE_PAGE: usize = 2 << 20;
+const PROTECTION: i32 = libc::PROT_READ | libc::PROT_WRITE;
 
-/// Guest RAM and the file behind it.
+/// Guest RAM.
 pub struct GuestRam {
     /// The mappings, one a range.
     pub memory: GuestMemoryMmap,
-    file: File,
     size: u64,
+    /// What `memory` points into; unmapped after it.
+    mappings: Vec<Mapping>,
 }
 
 impl GuestRam {
@@ -71,26 +72,33 @@ impl GuestRam {
         }
         let os = |action| move |source| MemoryError::Os { action, mib, source };
         let size = mib << 20;
-        // SAFETY: the name is a valid C string and the flags are known.
-        let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), libc::MFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(os("creating the memory file")(io::Error::last_os_error()));
-        }
-        // SAFETY: `fd` was just returned by memfd_create and nobody else owns it.
-        let file = unsafe { File::from_raw_fd(fd) };
-        file.set_len(size).map_err(os("sizing"))?;
-        let mut mapped = Vec::new();
-        for (start, offset, length) in ranges(size) {
-            let clone = file.try_clone().map_err(os("opening the memory file"))?;
-            mapped.push((
-                GuestAddress(start),
-                length as usize,
-                Some(FileOffset::new(clone, offset)),
-            ));
-        }
-        let memory = GuestMemoryMmap::from_ranges_with_files(mapped)
+        let mut mappings = Vec::new();
+        let mut regions = Vec::new();
+        for (start, _, length) in ranges(size) {
+            let mapping = Mapping::new(length as usize).map_err(os("mapping"))?;
+            // SAFETY: the mapping is `length` bytes long, readable and writable, and outlives the region:
+            // it is dropped after `memory`.
+            let region = unsafe {
+                MmapRegion::build_raw(
+                    mapping.start,
+                    length as usize,
+                    PROTECTION,
+                    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                )
+            }
             .map_err(|e| os("mapping")(io::Error::other(e)))?;
-        Ok(GuestRam { memory, file, size })
+            let region = GuestRegionMmap::new(region, GuestAddress(start))
+                .ok_or_else(|| os("placing")(io::ErrorKind::InvalidInput.into()))?;
+            regions.push(region);
+            mappings.push(mapping);
+        }
+        let memory =
+            GuestMemoryMmap::from_regions(regions).map_err(|e| os("mapping")(io::Error::other(e)))?;
+        Ok(GuestRam {
+            memory,
+            size,
+            mappings,
+        })
     }
 
     /// Size in bytes.
@@ -101,23 +109,87 @@ impl GuestRam {
     /// Gives every page back to the host: the guest finds zeroes, as after power-on. No vCPU and no
     /// device may be using the memory.
     pub fn clear(&self) -> Result<(), MemoryError> {
-        // SAFETY: fallocate takes no pointers; the descriptor is ours.
-        let result = unsafe {
-            libc::fallocate(
-                self.file.as_raw_fd(),
-                libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
-                0,
-                self.size as libc::off_t,
-            )
-        };
-        if result < 0 {
-            return Err(MemoryError::Os {
-                action: "clearing",
-                mib: self.size >> 20,
-                source: io::Error::last_os_error(),
-            });
+        for mapping in &self.mappings {
+            // SAFETY: the range is ours, and private anonymous memory reads as zeroes afterwards.
+            let result = unsafe { libc::madvise(mapping.start.cast(), mapping.length, libc::MADV_DONTNEED) };
+            if result < 0 {
+                return Err(MemoryError::Os {
+                    action: "clearing",
+                    mib: self.size >> 20,
+                    source: io::Error::last_os_error(),
+                });
+            }
         }
         Ok(())
+    }
+}
+
+/// Private anonymous memory, aligned to huge pages.
+///
+/// Anonymous, because hosts give huge pages to it by default and to shared memory only when told so; and
+/// aligned, because KVM maps a huge page only where guest-physical and host-virtual addresses agree in
+/// their lower 21 bits. Each 4 KiB page that KVM maps is an exit: a booting guest takes tens of thousands.
+struct Mapping {
+    /// What was mapped, the margin for alignment included.
+    reserved: *mut u8,
+    reserved_length: usize,
+    start: *mut u8,
+    length: usize,
+}
+
+// SAFETY: a mapping is an address range; what is in it is accessed through `GuestMemoryMmap` alone.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(length: usize) -> io::Result<Mapping> {
+        let reserved_length = length + HUGE_PAGE;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let reserved = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                reserved_length,
+                PROTECTION,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if reserved == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let reserved = reserved.cast::<u8>();
+        let margin = reserved.align_offset(HUGE_PAGE);
+        // SAFETY: the margin is below HUGE_PAGE, by which the mapping is longer than `length`.
+        let start = unsafe { reserved.add(margin) };
+        let mapping = Mapping {
+            reserved,
+            reserved_length,
+            start,
+            length,
+        };
+        // Neither is needed for correctness: a kernel without huge pages or names for anonymous memory
+        // (Linux 5.17) refuses, and the guest is slower or its memory harder to tell in /proc/PID/smaps.
+        // SAFETY: both take the range just mapped and a static C string.
+        unsafe {
+            libc::madvise(start.cast(), length, libc::MADV_HUGEPAGE);
+            libc::prctl(
+                libc::PR_SET_VMA,
+                libc::PR_SET_VMA_ANON_NAME,
+                start,
+                length,
+                c"guest-ram".as_ptr(),
+            );
+        }
+        Ok(mapping)
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new`, and nobody points into it any more.
+        unsafe { libc::munmap(self.reserved.cast(), self.reserved_length) };
     }
 }
 
