@@ -16,7 +16,7 @@ BIN := target/$(CARGO_BUILD_TARGET)/debug
 BED := $(BIN)/understudy-bed
 TIMED := tests/bed/timed.sh
 
-.PHONY: help setup build images check test e2e node-up node-down node-ssh guest-check demo bench clean
+.PHONY: help setup build images check test e2e node-up node-down node-ssh guest-check demo clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

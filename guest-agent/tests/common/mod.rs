@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use understudy_channel::{Applied, Export, Import, Imported, OnConflict, RoundEnd};
 use understudy_guest::export::Capture;
@@ -32,6 +33,21 @@ pub fn run(program: &str, arguments: &[&str]) {
     );
 }
 
+/// Unmounts, patiently: a program that a test beside is just starting has our open files, until its exec.
+pub fn unmount(at: &Path) {
+    let started = Instant::now();
+    loop {
+        let done = Command::new("umount").arg(at).output().unwrap();
+        if done.status.success() {
+            return;
+        }
+        let said = String::from_utf8_lossy(&done.stderr).into_owned();
+        let again = said.contains("busy") && started.elapsed() < Duration::from_secs(60);
+        assert!(again, "umount {}: {said}", at.display());
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
 /// Two mounted images that parted when the second was copied from the first.
 pub struct Pair {
     pub dir: tempfile::TempDir,
@@ -53,7 +69,7 @@ impl Pair {
         fill(&guest);
         // The split: everything is written out, as FIFREEZE would.
         rustix::fs::syncfs(std::fs::File::open(&guest).unwrap()).unwrap();
-        run("umount", &[guest.to_str().unwrap()]);
+        unmount(&guest);
         run(
             "cp",
             &["--sparse=always", a.to_str().unwrap(), b.to_str().unwrap()],
