@@ -50,7 +50,7 @@ impl World {
         })?;
         self.check_capture(operation)?;
         let applied = relayed.applied;
-        if applied.round != relayed.end.round {
+        if applied.round > relayed.end.round {
             return Err(EffectError::new(
                 ErrorKind::Refused,
                 format!(
@@ -60,11 +60,14 @@ impl World {
             )
             .because(reasons::INTEGRATION_FAILED));
         }
+        // A clone that changed a file itself, of which only parts came, does not acknowledge the round: the
+        // next export begins after what it names, and sends that file whole.
+        let again = u64::from(applied.round < relayed.end.round);
         Ok(Round {
-            round: relayed.end.round,
+            round: applied.round,
             entries: applied.entries,
             bytes: applied.bytes,
-            dirty: relayed.end.dirty,
+            dirty: relayed.end.dirty + again,
             conflict_count: applied.conflicts.len() as u64,
             conflicts: applied
                 .conflicts
