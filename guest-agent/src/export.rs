@@ -152,7 +152,7 @@ impl Capture {
     ) -> Result<RoundEnd, ExportError> {
         rounds.acknowledge(request.applied);
         let mut changes = std::mem::take(&mut rounds.carry);
-        if let Err(error) = self.collect(rounds, &mut changes) {
+        if let Err(error) = self.collect(rounds, &mut changes, request.count_only) {
             rounds.carry = changes;
             return Err(error);
         }
@@ -184,12 +184,17 @@ impl Capture {
     }
 
     /// Adds all that changed since the last round.
-    fn collect(&self, rounds: &mut Rounds, changes: &mut Changes) -> Result<(), ExportError> {
+    ///
+    /// `only_look`: the host asks behind its closed write gate, where a sync would hang until the lease ends.
+    /// Nothing runs then that could still store into a shared page, so that nothing is missed.
+    fn collect(&self, rounds: &mut Rounds, changes: &mut Changes, only_look: bool) -> Result<(), ExportError> {
         let views = self.filter.views();
         let (silent, doubtful) = rounds.silent.look(&views).map_err(ExportError::Look)?;
         // See `silent`: stamps first, then out with everything, then contents are read.
-        for view in &views {
-            view.sync().map_err(ExportError::Look)?;
+        if !only_look {
+            for view in &views {
+                view.sync().map_err(ExportError::Look)?;
+            }
         }
         for spot in doubtful {
             if differs(&views[spot.0], &spot, rounds.sent.get(&spot)) {
