@@ -187,7 +187,12 @@ impl Capture {
     ///
     /// `only_look`: the host asks behind its closed write gate, where a sync would hang until the lease ends.
     /// Nothing runs then that could still store into a shared page, so that nothing is missed.
-    fn collect(&self, rounds: &mut Rounds, changes: &mut Changes, only_look: bool) -> Result<(), ExportError> {
+    fn collect(
+        &self,
+        rounds: &mut Rounds,
+        changes: &mut Changes,
+        only_look: bool,
+    ) -> Result<(), ExportError> {
         let views = self.filter.views();
         let (silent, doubtful) = rounds.silent.look(&views).map_err(ExportError::Look)?;
         // See `silent`: stamps first, then out with everything, then contents are read.

@@ -51,8 +51,17 @@ pub fn read(named: Named<'_>, stat: &Statx) -> io::Result<Meta> {
         nlink: stat.stx_nlink,
         ino: stat.stx_ino,
         handle: (handle.kind, handle.bytes),
-        xattrs: xattrs(named)?,
+        xattrs: possible(stat.stx_mode.into(), xattrs(named)?),
     })
+}
+
+/// Attributes that a node of this mode can have. A name may stand for another node by the time its attributes
+/// are read, and only files and directories can have `user.` ones (xattr(7)): setting them elsewhere fails.
+fn possible(mode: u32, mut attributes: Vec<(Vec<u8>, Vec<u8>)>) -> Vec<(Vec<u8>, Vec<u8>)> {
+    if !matches!(mode & libc::S_IFMT, libc::S_IFREG | libc::S_IFDIR) {
+        attributes.retain(|(name, _)| !name.starts_with(b"user."));
+    }
+    attributes
 }
 
 /// All extended attributes, sorted by name; none where the file system has none.
