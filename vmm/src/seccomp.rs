@@ -1,6 +1,6 @@
 //! The system calls that the process may make, from its start on, in all threads.
 //!
-//! The list was made by observing the process (`strace -f -c`) through boots, resets, handovers, splits
+//! The list was made by reading what the process calls and by running it through boots, resets, handovers, splits
 //! and merges, and from what the allocator and the standard library do at their own discretion. A call
 //! that is not on it ends the process and is named on stderr: a change that needs a new call shows in the
 //! first test that reaches it, and adds it here with its reason.
