@@ -329,8 +329,13 @@ pub struct RoundEnd {
     pub entries: u64,
     /// Content bytes in it.
     pub bytes: u64,
-    /// Entries that became dirty while it was being sent.
+    /// Entries that became dirty while it was being sent, or could not be told in it because they were on
+    /// the move.
     pub dirty: u64,
+    /// As in [`Export`]: nothing was on the move, so that what does not fit on the clone is an error. In
+    /// earlier rounds it is not, and the clone does not acknowledge them.
+    #[serde(default)]
+    pub last: bool,
 }
 
 /// One path.
@@ -343,6 +348,11 @@ pub struct Entry {
     /// path alone would lead there); else empty.
     #[serde(default, with = "serde_bytes")]
     pub filesystem: Vec<u8>,
+    /// File handle of the directory that the entry's name is in: type and bytes. It counts more than the
+    /// path does: while directories move in the guest, a path may lead to another one than was meant.
+    /// Empty for the root of a file system, and where it is not known.
+    #[serde(default)]
+    pub folder: (i32, Vec<u8>),
     /// What is there.
     pub node: Node,
 }

@@ -297,6 +297,7 @@ impl Validate for Entry {
         if !self.filesystem.is_empty() {
             path("filesystem", &self.filesystem)?;
         }
+        within("folder", self.folder.1.len(), MAX_HANDLE)?;
         match &self.node {
             Node::Gone if self.path == b"/" => invalid("path", "is the root, which cannot be gone"),
             Node::Gone => Ok(()),
@@ -363,6 +364,7 @@ mod tests {
         Entry {
             path: path.to_vec(),
             filesystem: Vec::new(),
+            folder: (0, Vec::new()),
             node: Node::Directory {
                 meta: Meta::default(),
             },
@@ -411,6 +413,7 @@ mod tests {
         let gone = Entry {
             path: b"/".to_vec(),
             filesystem: Vec::new(),
+            folder: (0, Vec::new()),
             node: Node::Gone,
         };
         assert!(gone.validate().is_err());

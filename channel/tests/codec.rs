@@ -54,6 +54,7 @@ fn transfer() -> impl Strategy<Value = Transfer> {
         Transfer::Entry(Box::new(Entry {
             path: [b"/", &name[..]].concat(),
             filesystem: Vec::new(),
+            folder: (1, name),
             node,
         }))
     });
@@ -70,7 +71,7 @@ fn transfer() -> impl Strategy<Value = Transfer> {
             round,
             entries: 1,
             bytes,
-            dirty: 0,
+            ..RoundEnd::default()
         })
     });
     prop_oneof![entry, data, hole, end, Just(Transfer::EntryEnd)]
@@ -193,6 +194,7 @@ fn the_largest_data_and_the_largest_entry_fit_a_frame() {
     let entry = Transfer::Entry(Box::new(Entry {
         path: path.clone(),
         filesystem: path,
+        folder: (1, vec![0xff; 128]),
         node,
     }));
     assert!(read_message::<Transfer>(&mut encoded(&entry).as_slice()).is_ok());

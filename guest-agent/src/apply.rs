@@ -11,13 +11,14 @@ use rustix::fs::{FallocateFlags, OFlags};
 use rustix::io::Errno;
 use understudy_channel::{Applied, Entry, Meta, Node, OnConflict, RoundEnd};
 
-use self::files::{Open, Target};
+use self::files::Open;
 use crate::conflict::{self, Keeper};
 use crate::filter::{Filter, Spot};
+use crate::info;
 use crate::journal;
 use crate::memory::Memory;
 use crate::meta::{self, Named};
-use crate::place::{Found, Places};
+use crate::place::{Found, Places, WORK};
 use crate::rules::{Rule, rule};
 use crate::silent::locate;
 use crate::sys::handle::Handle;
@@ -46,6 +47,9 @@ pub enum ApplyError {
     /// Both sides changed these, and the operation asks to fail then.
     #[error("both the guest and the clone changed {}", .0.join(", "))]
     Conflicts(Vec<String>),
+    /// Nothing was on the move in the guest any more, and still these do not fit.
+    #[error("what the guest has does not fit on the clone: {}", .0.join("; "))]
+    Misfits(Vec<String>),
     /// A unit whose files the guest changed goes on running.
     #[error("{0}")]
     Unit(String),
@@ -56,6 +60,9 @@ pub enum ApplyError {
 
 /// No file system has larger blocks (bytes).
 const MAX_FS_BLOCK: u64 = 64 * 1024;
+
+/// Most entries that a refusal names.
+const MAX_MISFITS: usize = 20;
 
 /// How an import behaves.
 #[derive(Clone, Debug)]
@@ -82,7 +89,9 @@ pub struct Applier<'a> {
     applied: Applied,
     open: Option<Open>,
     refused: Vec<String>,
-    /// The clone changed files of which only parts came: the round has to be sent again.
+    /// Entries that could not be applied to what is here, with the reason; the first of them.
+    misfits: Vec<String>,
+    /// The clone changed files of which only parts came, or there were misfits: the round has to be sent again.
     again: bool,
 }
 
@@ -101,6 +110,7 @@ impl<'a> Applier<'a> {
             applied: Applied::default(),
             open: None,
             refused: Vec::new(),
+            misfits: Vec::new(),
             again: false,
         }
     }
@@ -121,11 +131,66 @@ impl<'a> Applier<'a> {
             });
         };
         self.applied.entries += 1;
-        let result = self.begin(spot, &entry.path, entry.node);
-        result.map_err(|error| match error {
-            Failure::Io(source) => ApplyError::Path { path, source },
-            Failure::Unit(text) => ApplyError::Unit(text),
-        })
+        let size = match &entry.node {
+            Node::File { size, .. } => Some(*size),
+            _ => None,
+        };
+        let begun = self
+            .place(spot.clone(), &entry)
+            .and_then(|placed| self.begin(placed, &entry.path, entry.node));
+        match begun {
+            Ok(()) => Ok(()),
+            Err(Failure::Unit(text)) => Err(ApplyError::Unit(text)),
+            Err(Failure::Io(source)) if !is_misfit(&source) => Err(ApplyError::Path { path, source }),
+            Err(failure) => {
+                if matches!(failure, Failure::Stranger) {
+                    self.again = true;
+                } else {
+                    self.put_off(&path, &failure);
+                }
+                self.open = size.map(|size| Open::skipped(spot, size));
+                Ok(())
+            }
+        }
+    }
+
+    /// Leaves an entry to a later round: it was read while things moved in the guest, or others before it were,
+    /// and what it builds on is not here. A round with such entries is not acknowledged, so that all of it is
+    /// sent again.
+    fn put_off(&mut self, path: &str, why: &impl std::fmt::Display) {
+        info!("{path} does not fit yet: {why}");
+        self.again = true;
+        if self.misfits.len() < MAX_MISFITS {
+            self.misfits.push(format!("{path}: {why}"));
+        }
+    }
+
+    /// Where an entry belongs: under its name in the clone's copy of the guest's directory, wherever that is.
+    fn place(&mut self, spot: Spot, entry: &Entry) -> Result<Spot, Failure> {
+        let folder = Handle {
+            kind: entry.folder.0,
+            bytes: entry.folder.1.clone(),
+        };
+        if folder.bytes.is_empty() || spot.1.is_empty() {
+            return Ok(spot);
+        }
+        let (path, name) = view::split(&spot.1);
+        if let Some(inode) = self.find(spot.0, &folder, libc::S_IFDIR)? {
+            let ours = view::path_of(&inode)?;
+            let under_way = ours.split(|&b| b == b'/').next() == Some(WORK);
+            if under_way && !matches!(entry.node, Node::Gone) {
+                return Err(Failure::Misfit("its directory has no place yet"));
+            }
+            return Ok((spot.0, view::child(&ours, name)));
+        }
+        // The clone has no copy of the directory. One that the clone made itself at the same path is meant to
+        // be shared; any other is not to be touched, unless the guest insists: then the clone removed its copy.
+        let here = self.places.look(&(spot.0, path.to_vec()))?;
+        let is_own = here.is_some_and(|f| self.born_here(&f) && !self.memory.is_taken(spot.0, &f.handle));
+        if is_own || !self.memory.strangers.insert((spot.0, folder)) {
+            return Ok(spot);
+        }
+        Err(Failure::Stranger)
     }
 
     /// Content of the open file.
@@ -174,8 +239,13 @@ impl<'a> Applier<'a> {
             return Ok(());
         };
         let path = self.outer(&open.spot);
-        self.end_file(open)
-            .map_err(|source| ApplyError::Path { path, source })
+        match self.end_file(open) {
+            Err(source) if is_misfit(&source) => {
+                self.put_off(&path, &source);
+                Ok(())
+            }
+            other => other.map_err(|source| ApplyError::Path { path, source }),
+        }
     }
 
     /// The end of the round.
@@ -189,6 +259,9 @@ impl<'a> Applier<'a> {
         }
         if !self.refused.is_empty() {
             return Err(ApplyError::Conflicts(std::mem::take(&mut self.refused)));
+        }
+        if end.last && !self.misfits.is_empty() {
+            return Err(ApplyError::Misfits(std::mem::take(&mut self.misfits)));
         }
         self.places.finish().map_err(ApplyError::Finish)?;
         for view in &self.places.views {
@@ -223,13 +296,8 @@ impl<'a> Applier<'a> {
         let active_journal = rule == Rule::Journal && journal::is_active(path);
         if rule == Rule::Exempt || (active_journal && matches!(node, Node::Gone)) {
             self.applied.exempt += 1;
-            if let Node::File { meta, size, .. } = node {
-                self.open = Some(Open {
-                    spot,
-                    meta,
-                    size,
-                    target: Target::Skip,
-                });
+            if let Node::File { size, .. } = node {
+                self.open = Some(Open::skipped(spot, size));
             }
             return Ok(());
         }
@@ -290,20 +358,20 @@ impl<'a> Applier<'a> {
         self.places.set_aside(spot)
     }
 
-    fn directory(&mut self, spot: &Spot, meta: &Meta) -> io::Result<()> {
+    fn directory(&mut self, spot: &Spot, meta: &Meta) -> Result<(), Failure> {
         let wanted = guest_handle(meta);
         let found = self.places.look(spot)?;
         let same = found.as_ref().is_some_and(|f| self.is_same(spot.0, &wanted, f));
         if !same && !spot.1.is_empty() {
             match self.find(spot.0, &wanted, libc::S_IFDIR)? {
                 Some(inode) => {
-                    let from = (spot.0, view::path_of(&inode)?);
-                    if spot.1.starts_with(&[&from.1[..], b"/"].concat()) {
-                        // Read while it was on the move in the guest: dirty again, so a later round tells.
-                        return self.stand_in(spot, found);
+                    let from = view::path_of(&inode)?;
+                    if spot.1.starts_with(&[&from[..], b"/"].concat()) {
+                        return Err(Failure::Misfit("it would have to be within itself"));
                     }
                     self.places.set_aside(spot)?;
-                    self.places.parent(spot)?;
+                    // It may have been within what was in its way.
+                    let from = (spot.0, view::path_of(&inode)?);
                     self.places.rename(&from, spot)?;
                 }
                 None => self.new_directory(spot, found, &wanted)?,
@@ -320,15 +388,6 @@ impl<'a> Applier<'a> {
         )?;
         self.places.set_folder_times(spot, meta.atime, meta.mtime);
         Ok(())
-    }
-
-    /// A directory at `spot` for now.
-    fn stand_in(&mut self, spot: &Spot, found: Option<Found>) -> io::Result<()> {
-        if found.is_some_and(|f| is_kind(&f.stat, libc::S_IFDIR)) {
-            return Ok(());
-        }
-        self.places.set_aside(spot)?;
-        self.places.make_directory(spot)
     }
 
     fn new_directory(&mut self, spot: &Spot, found: Option<Found>, wanted: &Handle) -> io::Result<()> {
@@ -500,9 +559,36 @@ enum Small {
     Special(u64),
 }
 
+#[derive(Debug, thiserror::Error)]
 enum Failure {
+    #[error(transparent)]
     Io(io::Error),
+    #[error("{0}")]
     Unit(String),
+    #[error("{0}")]
+    Misfit(&'static str),
+    /// To be sent again, and to be taken by its path then.
+    #[error("its directory is not known")]
+    Stranger,
+}
+
+/// Whether an error tells that what is there is not what the entry builds on, and not that the clone is unable.
+fn is_misfit(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(
+            libc::ENOENT
+                | libc::ENOTDIR
+                | libc::EISDIR
+                | libc::EEXIST
+                | libc::ENOTEMPTY
+                | libc::ELOOP
+                | libc::EINVAL
+                | libc::ESTALE
+                | libc::EXDEV
+                | libc::EBUSY
+        )
+    )
 }
 
 impl From<io::Error> for Failure {

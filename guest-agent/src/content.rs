@@ -106,7 +106,7 @@ impl<'f> Segments<'f> {
             }
         };
         if segment.end <= segment.start {
-            // The file shrank under our feet; it is dirty again.
+            // The file shrank under our feet.
             return Ok(None);
         }
         self.at = segment.end;
@@ -140,9 +140,17 @@ impl<'a, W: Write> Sender<'a, W> {
         }
     }
 
-    /// Sends what differs in the first `size` bytes of `fd`.
-    pub fn send(mut self, fd: &OwnedFd, size: u64, handle: Handle) -> Result<(Sent, u64), FrameError> {
+    /// Sends what differs in the first `size` bytes of `fd`; with the number of bytes comes what the clone has
+    /// then. Of a file that became shorter meanwhile nobody knows what the clone has beyond the new end: it
+    /// is dirty again, and has to be sent whole.
+    pub fn send(
+        mut self,
+        fd: &OwnedFd,
+        size: u64,
+        handle: Handle,
+    ) -> Result<(Option<Sent>, u64), FrameError> {
         let mut segments = Segments::new(fd, size);
+        let mut complete = true;
         'file: while let Some(segment) = segments.advance()? {
             let mut at = segment.start;
             while at < segment.end {
@@ -160,6 +168,7 @@ impl<'a, W: Write> Sender<'a, W> {
                     self.finish_block()?;
                 }
                 if segment.data && !self.gather(fd, at, end)? {
+                    complete = false;
                     break 'file;
                 }
                 self.parts.push(Segment {
@@ -171,13 +180,9 @@ impl<'a, W: Write> Sender<'a, W> {
             }
         }
         self.finish_block()?;
-        Ok((
-            Sent {
-                handle,
-                blocks: self.blocks,
-            },
-            self.bytes,
-        ))
+        let blocks = self.blocks;
+        let sent = (complete && segments.at >= size).then_some(Sent { handle, blocks });
+        Ok((sent, self.bytes))
     }
 
     /// Reads data of the current block; false where the file ended early.
@@ -288,12 +293,41 @@ mod tests {
         let (sent, _) = Sender::new(&mut out, known)
             .send(&fd, size, Handle::default())
             .unwrap();
+        let sent = sent.unwrap();
         let mut frames = Vec::new();
         let mut rest = out.as_slice();
         while let Ok(frame) = read_frame(&mut rest) {
             frames.push(frame);
         }
         (sent, frames)
+    }
+
+    /// The file becomes shorter when its first block goes out.
+    struct Cut<'a>(&'a std::fs::File);
+
+    impl Write for Cut<'_> {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.set_len(100)?;
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn of_a_file_that_became_shorter_while_it_was_sent_nothing_is_remembered() {
+        use std::os::unix::fs::FileExt;
+        let file = tempfile::tempfile().unwrap();
+        let size = 3 * BLOCK;
+        file.write_all_at(&vec![7; size as usize], 0).unwrap();
+        let fd: OwnedFd = file.try_clone().unwrap().into();
+        let (sent, bytes) = Sender::new(&mut Cut(&file), None)
+            .send(&fd, size, Handle::default())
+            .unwrap();
+        assert!((1..size).contains(&bytes), "{bytes}");
+        assert_eq!(sent, None);
     }
 
     #[test]

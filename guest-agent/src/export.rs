@@ -3,20 +3,21 @@
 //! Rounds are cumulative: what the clone has not acknowledged is sent again, whole. What it has, is
 //! remembered block by block, so that a later round sends only what differs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::io::{self, BufWriter, Write};
 use std::sync::{Arc, Mutex};
 
 use understudy_channel::{Entry, Export, FrameError, Node, Refusal, RoundEnd, Transfer, write_frame};
 
 use crate::content::{BLOCK, Sender, Sent};
-use crate::filter::{Change, Changes, Collect, Filter, FilterError, Spot, open_quietly, walk};
-use crate::meta::{self, Named};
-use crate::rules::{Rule, rule};
+use crate::filter::{Collect, Filter, FilterError, Spot, open_quietly};
+use crate::marks::Marks;
+use crate::plan::{Item, Plan, Trees, plan};
+use crate::read::{Found, Inode, What, read};
 use crate::service::lock;
-use crate::silent::{Silent, locate};
-use crate::sys::handle::Handle;
-use crate::view::{self, View, is_absent, is_kind, stat_fd};
+use crate::silent::{Changes, Silent, locate};
+use crate::sys::handle::{Handle, handle_of};
+use crate::view::{View, is_absent, is_kind, stat_fd};
 
 /// Most blocks that are remembered over all files: 256 GiB of content, at 24 bytes a block. Files beyond it
 /// are sent whole in every round.
@@ -39,6 +40,9 @@ pub enum ExportError {
         /// Why.
         source: io::Error,
     },
+    /// What changed could not be looked up.
+    #[error("what changed in the guest could not be looked up: {0}")]
+    Plan(io::Error),
     /// Files open for writing could not be looked at.
     #[error("files that are open for writing could not be looked at: {0}")]
     Look(io::Error),
@@ -52,6 +56,27 @@ pub struct Capture {
     /// The filter.
     pub filter: Arc<Filter>,
     rounds: Mutex<Rounds>,
+    interlude: Mutex<Option<Interlude>>,
+}
+
+/// Points within a round at which tests let the guest go on, as it may at any time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// It was looked up what changed; nothing was read yet.
+    Planned,
+    /// A path was read, and not yet looked at again.
+    Read,
+}
+
+/// Called at each [`Moment`], with the path that was read.
+pub type OnMoment = dyn FnMut(Moment, &[u8]) + Send;
+
+struct Interlude(Box<OnMoment>);
+
+impl std::fmt::Debug for Interlude {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Interlude")
+    }
 }
 
 #[derive(Debug, Default)]
@@ -59,22 +84,31 @@ struct Rounds {
     silent: Silent,
     last: u64,
     /// Dirty, and not in any round that counts.
-    carry: Changes,
-    /// Per round that is not acknowledged: what was in it.
-    unacknowledged: BTreeMap<u64, Changes>,
+    carry: Marks,
+    /// Rounds that are not acknowledged.
+    unacknowledged: BTreeMap<u64, Unacknowledged>,
     sent: BTreeMap<Spot, Sent>,
     blocks: usize,
+}
+
+/// A round that the clone may not have.
+#[derive(Debug, Default)]
+struct Unacknowledged {
+    /// What it was about.
+    marks: Marks,
+    /// Files that were sent.
+    files: Vec<Spot>,
 }
 
 impl Rounds {
     fn acknowledge(&mut self, applied: u64) {
         let later = self.unacknowledged.split_off(&(applied + 1));
         self.unacknowledged.clear();
-        for changes in later.into_values() {
-            for (spot, change) in changes {
-                self.forget(&spot);
-                self.carry.entry(spot).or_default().merge(change);
+        for round in later.into_values() {
+            for spot in &round.files {
+                self.forget(spot);
             }
+            self.carry.merge(round.marks);
         }
     }
 
@@ -98,6 +132,9 @@ impl Rounds {
     }
 
     fn remember(&mut self, spot: &Spot, sent: Sent) {
+        if let Some(round) = self.unacknowledged.get_mut(&self.last) {
+            round.files.push(spot.clone());
+        }
         if self.blocks + sent.len() <= MAX_BLOCKS {
             self.blocks += sent.len();
             self.sent.insert(spot.clone(), sent);
@@ -123,7 +160,19 @@ impl Capture {
             operation: operation.to_owned(),
             filter,
             rounds: Mutex::new(rounds),
+            interlude: Mutex::new(None),
         })
+    }
+
+    /// Lets `act` happen at each [`Moment`] of the rounds to come: for tests of what races with them.
+    pub fn at_moments(&self, act: impl FnMut(Moment, &[u8]) + Send + 'static) {
+        *lock(&self.interlude) = Some(Interlude(Box::new(act)));
+    }
+
+    fn moment(&self, moment: Moment, path: &[u8]) {
+        if let Some(interlude) = lock(&self.interlude).as_mut() {
+            (interlude.0)(moment, path);
+        }
     }
 
     /// Sends one round to its end, or what the round would be where only that was asked. What goes wrong on
@@ -151,34 +200,47 @@ impl Capture {
         out: &mut impl Write,
     ) -> Result<RoundEnd, ExportError> {
         rounds.acknowledge(request.applied);
-        let mut changes = std::mem::take(&mut rounds.carry);
-        if let Err(error) = self.collect(rounds, &mut changes, request.count_only) {
-            rounds.carry = changes;
+        let mut marks = std::mem::take(&mut rounds.carry);
+        if let Err(error) = self.collect(rounds, &mut marks, request.count_only) {
+            rounds.carry = marks;
             return Err(error);
         }
         let views = self.filter.views();
+        let swap = swap_files(&views);
         if request.count_only {
-            let end = estimate(&views, rounds, &changes);
-            rounds.carry = changes;
+            let planned = plan(&views, &marks, Trees::Leave, &swap);
+            rounds.carry = marks;
+            let end = estimate(&views, rounds, &planned.map_err(ExportError::Plan)?);
             write_frame(out, &Transfer::RoundEnd(end))?;
             return Ok(end);
         }
         rounds.last = rounds.last.max(request.applied) + 1;
         let round = rounds.last;
-        rounds.unacknowledged.insert(round, changes.clone());
-        let plan = expand(&views, &changes)?;
+        let planned = plan(&views, &marks, Trees::Expand, &swap);
+        let unacknowledged = Unacknowledged {
+            marks,
+            files: Vec::new(),
+        };
+        rounds.unacknowledged.insert(round, unacknowledged);
+        let Plan { items, raced } = planned.map_err(ExportError::Plan)?;
+        self.moment(Moment::Planned, b"");
         let mut writer = RoundWriter {
+            capture: self,
             views: &views,
             rounds,
             out,
+            introduced: HashSet::new(),
+            left_out: raced,
             end: RoundEnd {
                 round,
+                last: request.last,
                 ..RoundEnd::default()
             },
         };
-        writer.write(plan)?;
-        let mut end = writer.end;
-        end.dirty = self.filter.pending();
+        writer.write(&items)?;
+        let (mut end, left_out) = (writer.end, writer.left_out);
+        end.dirty = self.filter.pending() + left_out.len() as u64;
+        rounds.carry.merge(left_out);
         write_frame(out, &Transfer::RoundEnd(end))?;
         Ok(end)
     }
@@ -187,47 +249,52 @@ impl Capture {
     ///
     /// `only_look`: the host asks behind its closed write gate, where a sync would hang until the lease ends.
     /// Nothing runs then that could still store into a shared page, so that nothing is missed.
-    fn collect(
-        &self,
-        rounds: &mut Rounds,
-        changes: &mut Changes,
-        only_look: bool,
-    ) -> Result<(), ExportError> {
+    fn collect(&self, rounds: &mut Rounds, marks: &mut Marks, only_look: bool) -> Result<(), ExportError> {
         let views = self.filter.views();
         let (silent, doubtful) = rounds.silent.look(&views).map_err(ExportError::Look)?;
+        mark_spots(&views, silent, marks).map_err(ExportError::Look)?;
         // See `silent`: stamps first, then out with everything, then contents are read.
         if !only_look {
             for view in &views {
                 view.sync().map_err(ExportError::Look)?;
             }
         }
-        for spot in doubtful {
-            if differs(&views[spot.0], &spot, rounds.sent.get(&spot)) {
-                changes.entry(spot).or_default().merge(Change::default());
-            }
-        }
-        let swap = swap_files(&views);
-        for (spot, change) in silent.into_iter().chain(self.filter.drain()?) {
-            let exempt = rule(&views[spot.0].outer(&spot.1)) == Rule::Exempt;
-            if !exempt && !swap.contains(&spot) {
-                changes.entry(spot).or_default().merge(change);
-            }
-        }
+        let differing = doubtful
+            .into_iter()
+            .filter(|spot| differs(&views[spot.0], spot, rounds.sent.get(spot)))
+            .map(|spot| (spot, Default::default()))
+            .collect();
+        mark_spots(&views, differing, marks).map_err(ExportError::Look)?;
+        marks.merge(self.filter.drain()?);
         Ok(())
     }
+}
+
+/// Adds what was found by its path. Where the directory is gone by now, that has told of itself.
+fn mark_spots(views: &[Arc<View>], changes: Changes, marks: &mut Marks) -> io::Result<()> {
+    for ((fs, path), change) in changes {
+        match views[fs].parent(&path) {
+            Ok((folder, name)) => {
+                marks.mark(fs, handle_of(&folder, c"")?, name.to_vec(), change);
+            }
+            Err(error) if is_absent(&error) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// Whether a file's content is another one than what the clone has of it. What cannot be compared differs.
 fn differs(view: &View, spot: &Spot, sent: Option<&Sent>) -> bool {
     let compare = |known: &Sent| -> Result<bool, FrameError> {
         let fd = open_quietly(view, &spot.1)?;
-        let handle = crate::sys::handle::handle_of(&fd, c"")?;
+        let handle = handle_of(&fd, c"")?;
         if handle != known.handle {
             return Ok(true);
         }
         let size = stat_fd(&fd)?.stx_size;
         let (now, _) = Sender::new(&mut io::sink(), Some(known)).send(&fd, size, handle)?;
-        Ok(now != *known)
+        Ok(now.as_ref() != Some(known))
     };
     sent.is_none_or(|known| compare(known).unwrap_or(true))
 }
@@ -245,13 +312,13 @@ fn swap_files(views: &[Arc<View>]) -> Vec<Spot> {
 }
 
 /// What a round would be.
-fn estimate(views: &[Arc<View>], rounds: &Rounds, changes: &Changes) -> RoundEnd {
+fn estimate(views: &[Arc<View>], rounds: &Rounds, plan: &Plan) -> RoundEnd {
     let mut end = RoundEnd {
         round: rounds.last,
+        entries: (plan.items.len() + plan.raced.len()) as u64,
         ..RoundEnd::default()
     };
-    for spot in changes.keys() {
-        end.entries += 1;
+    for Item { spot, .. } in &plan.items {
         if let Ok(Some(stat)) = views[spot.0].stat(&spot.1)
             && is_kind(&stat, libc::S_IFREG)
         {
@@ -267,188 +334,99 @@ fn estimate(views: &[Arc<View>], rounds: &Rounds, changes: &Changes) -> RoundEnd
     end
 }
 
-/// One path of a round.
-#[derive(Clone, Copy, Debug, Default)]
-struct Planned {
-    change: Change,
-    present: bool,
-}
-
-/// Adds what a change implies: trees that moved, and directories whose names changed.
-fn expand(views: &[Arc<View>], changes: &Changes) -> Result<BTreeMap<Spot, Planned>, ExportError> {
-    let mut plan: BTreeMap<Spot, Planned> = BTreeMap::new();
-    for (spot, change) in changes {
-        let view = &views[spot.0];
-        let failed = |source| ExportError::Read {
-            path: lossy(view, &spot.1),
-            source,
-        };
-        let stat = view.stat(&spot.1).map_err(failed)?;
-        plan.entry(spot.clone()).or_default().change.merge(*change);
-        if change.structural {
-            let folder = (spot.0, view::split(&spot.1).0.to_vec());
-            plan.entry(folder).or_default();
-        }
-        if change.tree && stat.is_some_and(|s| is_kind(&s, libc::S_IFDIR)) {
-            let moved = Change {
-                structural: false,
-                tree: true,
-            };
-            walk(view, &spot.1, &mut |path, _| {
-                plan.entry((spot.0, path.to_vec()))
-                    .or_default()
-                    .change
-                    .merge(moved);
-            })
-            .map_err(failed)?;
-        }
-    }
-    plan.retain(|spot, _| rule(&views[spot.0].outer(&spot.1)) != Rule::Exempt);
-    for (spot, planned) in &mut plan {
-        let view = &views[spot.0];
-        let failed = |source| ExportError::Read {
-            path: lossy(view, &spot.1),
-            source,
-        };
-        planned.present = view.stat(&spot.1).map_err(failed)?.is_some();
-    }
-    Ok(plan)
-}
-
-fn lossy(view: &View, path: &[u8]) -> String {
-    String::from_utf8_lossy(&view.outer(path)).into_owned()
-}
-
 struct RoundWriter<'a, W> {
+    capture: &'a Capture,
     views: &'a [Arc<View>],
     rounds: &'a mut Rounds,
     out: &'a mut W,
+    /// Directories that this round has told of.
+    introduced: HashSet<(usize, Handle)>,
+    /// What could not be told now, to be told in the next round.
+    left_out: Marks,
     end: RoundEnd,
 }
 
 impl<W: Write> RoundWriter<'_, W> {
     /// Deletions first, so that what moved can be found among them; then the rest, directories before what
     /// is in them.
-    fn write(&mut self, plan: BTreeMap<Spot, Planned>) -> Result<(), ExportError> {
-        let mut above: Option<&Spot> = None;
-        for (spot, _) in plan.iter().filter(|(_, p)| !p.present) {
-            self.rounds.forget(spot);
-            if above.is_some_and(|a| a.0 == spot.0 && is_below(&spot.1, &a.1)) {
-                continue;
-            }
-            above = Some(spot);
-            self.entry(spot, Node::Gone)?;
-            self.frame(&Transfer::EntryEnd)?;
-        }
-        for (spot, planned) in plan.iter().filter(|(_, p)| p.present) {
-            if planned.change.tree {
-                self.rounds.forget(spot);
-            }
-            match self.present(spot) {
-                Ok(()) => {}
-                // It went away or was replaced since: then it is dirty again.
-                Err(ExportError::Read { source, .. }) if is_absent(&source) || is_stale(&source) => {}
-                Err(error) => return Err(error),
+    fn write(&mut self, items: &[Item]) -> Result<(), ExportError> {
+        let (present, gone): (Vec<&Item>, Vec<&Item>) = items.iter().partition(|item| item.present);
+        for item in gone {
+            match self.read(item)? {
+                Found::Nothing => {
+                    self.rounds.forget(&item.spot);
+                    self.entry(item, Node::Gone)?;
+                    self.frame(&Transfer::EntryEnd)?;
+                }
+                _ => self.leave_out(item),
             }
         }
-        // What was deleted within a tree that moved could not be found under its new path before the tree
-        // had moved on the clone, too.
-        let moved: Vec<&Spot> = plan
-            .iter()
-            .filter(|(_, p)| p.present && p.change.tree)
-            .map(|(s, _)| s)
-            .collect();
-        for (spot, _) in plan.iter().filter(|(_, p)| !p.present) {
-            if moved.iter().any(|m| m.0 == spot.0 && is_below(&spot.1, &m.1)) {
-                self.entry(spot, Node::Gone)?;
-                self.frame(&Transfer::EntryEnd)?;
+        for item in present {
+            if item.change.tree {
+                self.rounds.forget(&item.spot);
+            }
+            let is_known =
+                !item.young_folder || self.introduced.contains(&(item.spot.0, item.folder.clone()));
+            match self.read(item)? {
+                Found::Inode(inode) if is_known => self.inode(item, inode)?,
+                _ => self.leave_out(item),
             }
         }
         Ok(())
     }
 
-    fn present(&mut self, spot: &Spot) -> Result<(), ExportError> {
-        let view = Arc::clone(&self.views[spot.0]);
-        let failed = |source| ExportError::Read {
-            path: lossy(&view, &spot.1),
+    fn read(&self, item: &Item) -> Result<Found, ExportError> {
+        let view = &self.views[item.spot.0];
+        let path = view.outer(&item.spot.1);
+        let midway = || self.capture.moment(Moment::Read, &path);
+        read(view, item, midway).map_err(|source| ExportError::Read {
+            path: String::from_utf8_lossy(&path).into_owned(),
             source,
-        };
-        let (folder, name) = view.parent(&spot.1).map_err(failed)?;
-        let named = Named {
-            folder: std::os::fd::AsFd::as_fd(&folder),
-            name,
-        };
-        let fd = view
-            .open_at(&spot.1, rustix::fs::OFlags::PATH | rustix::fs::OFlags::NOFOLLOW)
-            .map_err(failed)?;
-        let stat = stat_fd(&fd).map_err(failed)?;
-        let kind = u32::from(stat.stx_mode) & libc::S_IFMT;
-        if kind == libc::S_IFREG {
-            return self.file(spot, named);
-        }
-        let meta = meta::read(named, &stat).map_err(failed)?;
-        let node = match kind {
-            libc::S_IFDIR => Node::Directory { meta },
-            libc::S_IFLNK => {
-                let target = rustix::fs::readlinkat(&fd, c"", Vec::new()).map_err(|e| failed(e.into()))?;
-                Node::Symlink {
-                    meta,
-                    target: target.into_bytes(),
+        })
+    }
+
+    fn leave_out(&mut self, item: &Item) {
+        self.left_out
+            .mark(item.spot.0, item.folder.clone(), item.name.clone(), item.change);
+    }
+
+    fn inode(&mut self, item: &Item, inode: Inode) -> Result<(), ExportError> {
+        let Inode { handle, meta, what } = inode;
+        let node = match what {
+            What::File(fd, size) => {
+                let spot = &item.spot;
+                let known = self.rounds.sent.get(spot).filter(|s| s.handle == handle).cloned();
+                self.rounds.forget(spot);
+                let whole = known.is_none();
+                self.entry(item, Node::File { meta, size, whole })?;
+                let (sent, bytes) = Sender::new(self.out, known.as_ref()).send(&fd, size, handle)?;
+                self.end.bytes += bytes;
+                if let Some(sent) = sent {
+                    self.rounds.remember(spot, sent);
                 }
+                return self.frame(&Transfer::EntryEnd);
             }
-            _ => Node::Special {
-                meta,
-                rdev: rustix::fs::makedev(stat.stx_rdev_major, stat.stx_rdev_minor),
-            },
+            What::Directory => {
+                self.introduced.insert((item.spot.0, handle));
+                Node::Directory { meta }
+            }
+            What::Symlink(target) => Node::Symlink { meta, target },
+            What::Special(rdev) => Node::Special { meta, rdev },
         };
-        self.entry(spot, node)?;
+        self.entry(item, node)?;
         self.frame(&Transfer::EntryEnd)
     }
 
-    fn file(&mut self, spot: &Spot, named: Named<'_>) -> Result<(), ExportError> {
-        let view = Arc::clone(&self.views[spot.0]);
-        let failed = |source| ExportError::Read {
-            path: lossy(&view, &spot.1),
-            source,
-        };
-        let fd = open_quietly(&view, &spot.1).map_err(failed)?;
-        let stat = stat_fd(&fd).map_err(failed)?;
-        let meta = meta::read(named, &stat).map_err(failed)?;
-        let handle = Handle {
-            kind: meta.handle.0,
-            bytes: meta.handle.1.clone(),
-        };
-        let opened = crate::sys::handle::handle_of(&fd, c"").map_err(failed)?;
-        if opened != handle || !is_kind(&stat, libc::S_IFREG) {
-            return Err(failed(io::Error::from_raw_os_error(libc::ESTALE)));
-        }
-        let known = self.rounds.sent.get(spot).filter(|s| s.handle == handle).cloned();
-        self.rounds.forget(spot);
-        let size = stat.stx_size;
-        self.entry(
-            spot,
-            Node::File {
-                meta,
-                size,
-                whole: known.is_none(),
-            },
-        )?;
-        let (sent, bytes) = Sender::new(self.out, known.as_ref()).send(&fd, size, handle)?;
-        self.end.bytes += bytes;
-        self.rounds.remember(spot, sent);
-        self.frame(&Transfer::EntryEnd)
-    }
-
-    fn entry(&mut self, spot: &Spot, node: Node) -> Result<(), ExportError> {
-        let view = &self.views[spot.0];
-        let path = view.outer(&spot.1);
+    fn entry(&mut self, item: &Item, node: Node) -> Result<(), ExportError> {
+        let view = &self.views[item.spot.0];
+        let path = view.outer(&item.spot.1);
         let leads_elsewhere = locate(
             self.views,
             std::path::Path::new(std::ffi::OsStr::new(
                 <std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(&path),
             )),
         )
-        .is_none_or(|found| found.0 != spot.0);
+        .is_none_or(|found| found.0 != item.spot.0);
         let filesystem = if leads_elsewhere {
             std::os::unix::ffi::OsStrExt::as_bytes(view.mount_point.as_os_str()).to_vec()
         } else {
@@ -458,6 +436,7 @@ impl<W: Write> RoundWriter<'_, W> {
         self.frame(&Transfer::Entry(Box::new(Entry {
             path,
             filesystem,
+            folder: (item.folder.kind, item.folder.bytes.clone()),
             node,
         })))
     }
@@ -465,15 +444,4 @@ impl<W: Write> RoundWriter<'_, W> {
     fn frame(&mut self, transfer: &Transfer) -> Result<(), ExportError> {
         write_frame(self.out, transfer).map_err(Into::into)
     }
-}
-
-fn is_stale(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::ESTALE)
-}
-
-fn is_below(path: &[u8], folder: &[u8]) -> bool {
-    folder.is_empty()
-        || path
-            .strip_prefix(folder)
-            .is_some_and(|rest| rest.first() == Some(&b'/'))
 }

@@ -3,7 +3,6 @@
 //! Its events are a dirty set, never a log: they coalesce and reorder, and say only "look here again".
 //! Directories are kept by handle, so that what happened in one is found wherever it was moved since.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::OFlags;
 
+use crate::marks::{Change, Marks};
 use crate::service::{lock, spawn};
 use crate::sys::fanotify::{Event, Group, Place};
 use crate::sys::handle::Handle;
@@ -20,26 +20,6 @@ use crate::{mounts, view, warning};
 
 /// Where something changed: index of the file system, and path below its root.
 pub type Spot = (usize, Vec<u8>);
-
-/// What is known of a change.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Change {
-    /// The name came, went or was renamed: its directory changed, too.
-    pub structural: bool,
-    /// The name took part in a rename: if it is a directory now, its whole tree moved with it.
-    pub tree: bool,
-}
-
-impl Change {
-    /// Both together.
-    pub fn merge(&mut self, other: Self) {
-        self.structural |= other.structural;
-        self.tree |= other.tree;
-    }
-}
-
-/// Changed names by spot.
-pub type Changes = BTreeMap<Spot, Change>;
 
 /// Why capturing could not begin.
 #[derive(Debug, thiserror::Error)]
@@ -63,9 +43,6 @@ pub enum FilterError {
     Lost(String),
 }
 
-/// Names in a directory, and what is known of them; the empty name is the directory itself.
-type Names = HashMap<Vec<u8>, Change>;
-
 /// What a filter collects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Collect {
@@ -77,10 +54,7 @@ pub enum Collect {
 
 #[derive(Debug, Default)]
 struct Dirty {
-    /// Per file system and directory.
-    names: HashMap<(usize, Handle), Names>,
-    /// Inodes whose name the kernel did not tell.
-    inodes: HashSet<(usize, Handle)>,
+    marks: Marks,
     lost: Option<String>,
 }
 
@@ -157,26 +131,14 @@ impl Filter {
         lock(&self.views).clone()
     }
 
-    /// Takes what changed since the last drain, by its present paths.
-    pub fn drain(&self) -> Result<Changes, FilterError> {
-        let (names, inodes) = {
-            let mut guard = lock(&self.dirty);
-            self.read_all(&mut guard);
-            if let Some(reason) = &guard.0.lost {
-                return Err(FilterError::Lost(reason.clone()));
-            }
-            (
-                std::mem::take(&mut guard.0.names),
-                std::mem::take(&mut guard.0.inodes),
-            )
-        };
-        let views = self.views();
-        let resolved = resolve(&views, names, inodes);
-        resolved.map_err(|error| {
-            let reason = format!("a changed directory could not be opened by its handle: {error}");
-            self.lose(&mut lock(&self.dirty).0, &reason);
-            FilterError::Lost(reason)
-        })
+    /// Takes what changed since the last drain.
+    pub fn drain(&self) -> Result<Marks, FilterError> {
+        let mut guard = lock(&self.dirty);
+        self.read_all(&mut guard);
+        match &guard.0.lost {
+            Some(reason) => Err(FilterError::Lost(reason.clone())),
+            None => Ok(std::mem::take(&mut guard.0.marks)),
+        }
     }
 
     /// Whether an inode changed since the filter began or it was last forgotten; `None`: changes were lost.
@@ -186,12 +148,12 @@ impl Filter {
         if guard.0.lost.is_some() {
             return None;
         }
-        Some(guard.0.inodes.contains(&(fs, handle.clone())))
+        Some(guard.0.marks.inodes.contains(&(fs, handle.clone())))
     }
 
     /// Forgets that an inode changed.
     pub fn forget(&self, fs: usize, handle: &Handle) {
-        lock(&self.dirty).0.inodes.remove(&(fs, handle.clone()));
+        lock(&self.dirty).0.marks.inodes.remove(&(fs, handle.clone()));
     }
 
     /// Watches what was mounted since, too.
@@ -203,7 +165,7 @@ impl Filter {
     pub fn pending(&self) -> u64 {
         let mut guard = lock(&self.dirty);
         self.read_all(&mut guard);
-        guard.0.names.values().map(|n| n.len() as u64).sum()
+        guard.0.marks.len() as u64
     }
 
     fn add(&self, view: View) -> Result<(), FilterError> {
@@ -285,11 +247,12 @@ impl Filter {
         };
         for place in event.names.iter().filter(|_| self.collect == Collect::Names) {
             if let Some(fs) = self.index(place) {
-                let names = dirty.names.entry((fs, place.handle.clone())).or_default();
-                names
-                    .entry(place.name.clone().unwrap_or_default())
-                    .or_default()
-                    .merge(change);
+                let name = place.name.clone().unwrap_or_default();
+                let is_name = !name.is_empty();
+                let mark = dirty.marks.mark(fs, place.handle.clone(), name, change);
+                if let Some(inode) = event.inode.as_ref().filter(|i| is_name && i.fsid == place.fsid) {
+                    mark.inodes.insert(inode.handle.clone());
+                }
             }
         }
         // Where there is a name, it is enough for the guest's side.
@@ -297,7 +260,7 @@ impl Filter {
         if let Some(place) = event.inode.as_ref().filter(|_| wanted)
             && let Some(fs) = self.index(place)
         {
-            dirty.inodes.insert((fs, place.handle.clone()));
+            dirty.marks.inodes.insert((fs, place.handle.clone()));
         }
     }
 
@@ -314,64 +277,6 @@ impl Filter {
             }
         }
     }
-}
-
-fn resolve(
-    views: &[Arc<View>],
-    names: HashMap<(usize, Handle), Names>,
-    inodes: HashSet<(usize, Handle)>,
-) -> io::Result<Changes> {
-    let mut changes = Changes::new();
-    for ((fs, directory), names) in names {
-        // A directory that is gone was itself reported by its own parent.
-        let Some(path) = views[fs].directory_of(&directory)? else {
-            continue;
-        };
-        for (name, change) in names {
-            let spot = if name.is_empty() {
-                path.clone()
-            } else {
-                view::child(&path, &name)
-            };
-            changes.entry((fs, spot)).or_default().merge(change);
-        }
-    }
-    let mut nameless: Vec<(usize, Handle)> = Vec::new();
-    for (fs, handle) in inodes {
-        match views[fs].some_path_of(&handle)? {
-            Some(path) => changes.entry((fs, path)).or_default().merge(Change::default()),
-            None => nameless.push((fs, handle)),
-        }
-    }
-    if !nameless.is_empty() {
-        find_by_number(views, &nameless, &mut changes)?;
-    }
-    Ok(changes)
-}
-
-/// Looks for inodes whose path the kernel does not know by walking their file systems: rare, since most
-/// events carry a name.
-fn find_by_number(views: &[Arc<View>], inodes: &[(usize, Handle)], changes: &mut Changes) -> io::Result<()> {
-    let mut wanted: HashMap<usize, Vec<u64>> = HashMap::new();
-    for (fs, handle) in inodes {
-        if let Some(fd) = views[*fs].open_handle(handle)? {
-            let stat = view::stat_fd(&fd)?;
-            if stat.stx_nlink > 0 {
-                wanted.entry(*fs).or_default().push(stat.stx_ino);
-            }
-        }
-    }
-    for (fs, numbers) in wanted {
-        walk(&views[fs], b"", &mut |path, ino| {
-            if numbers.contains(&ino) {
-                changes
-                    .entry((fs, path.to_vec()))
-                    .or_default()
-                    .merge(Change::default());
-            }
-        })?;
-    }
-    Ok(())
 }
 
 /// Calls `each` with path and inode number of everything below the directory `top`. What goes away

@@ -26,6 +26,9 @@ pub struct Memory {
     pub sizes: HashMap<(usize, Handle), u64>,
     /// Where the guest's active journal files are kept: (file system, handle) to path.
     pub journals: HashMap<(usize, Handle), Vec<u8>>,
+    /// Directories of the guest of which the clone has no copy, and which were asked for nevertheless.
+    #[serde(default)]
+    pub strangers: HashSet<(usize, Handle)>,
     /// Units that were stopped because the guest changed their state.
     pub stopped_units: Vec<String>,
 }

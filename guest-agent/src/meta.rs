@@ -1,15 +1,16 @@
 //! Metadata of a path: read on the guest, applied on the clone.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
 
 use rustix::fs::{AtFlags, Statx, Timespec, Timestamps, XattrFlags};
 use rustix::io::Errno;
 use understudy_channel::Meta;
 
 use crate::sys::handle::{self, Handle};
-use crate::view::c_string;
+use crate::view::{c_string, proc_path};
 
 /// A name in an open directory. The empty name is the directory itself.
 #[derive(Clone, Copy, Debug)]
@@ -39,9 +40,11 @@ impl Named<'_> {
     }
 }
 
-/// Metadata of `named`, whose state is `stat`.
-pub fn read(named: Named<'_>, stat: &Statx) -> io::Result<Meta> {
-    let handle = named.handle()?;
+/// Metadata of an inode that is open (`O_PATH` is enough), whose state is `stat`.
+pub fn read(inode: impl AsFd, stat: &Statx) -> io::Result<Meta> {
+    let handle = handle::handle_of(&inode, c"")?;
+    // The link leads to the inode itself, also where that is a symbolic link.
+    let path = c_string(proc_path(&inode).as_os_str().as_bytes())?;
     Ok(Meta {
         mode: stat.stx_mode.into(),
         uid: stat.stx_uid,
@@ -51,23 +54,40 @@ pub fn read(named: Named<'_>, stat: &Statx) -> io::Result<Meta> {
         nlink: stat.stx_nlink,
         ino: stat.stx_ino,
         handle: (handle.kind, handle.bytes),
-        xattrs: possible(stat.stx_mode.into(), xattrs(named)?),
+        xattrs: possible(stat.stx_mode.into(), list(&path, Links::Follow)?),
     })
 }
 
-/// Attributes that a node of this mode can have. A name may stand for another node by the time its attributes
-/// are read, and only files and directories can have `user.` ones (xattr(7)): setting them elsewhere fails.
-fn possible(mode: u32, mut attributes: Vec<(Vec<u8>, Vec<u8>)>) -> Vec<(Vec<u8>, Vec<u8>)> {
+/// Attributes that a node of this mode can have: only files and directories can have `user.` ones (xattr(7)),
+/// and setting them elsewhere fails.
+fn possible(mode: u32, mut attributes: Attributes) -> Attributes {
     if !matches!(mode & libc::S_IFMT, libc::S_IFREG | libc::S_IFDIR) {
         attributes.retain(|(name, _)| !name.starts_with(b"user."));
     }
     attributes
 }
 
+/// Extended attributes by name.
+pub type Attributes = Vec<(Vec<u8>, Vec<u8>)>;
+
 /// All extended attributes, sorted by name; none where the file system has none.
-pub fn xattrs(named: Named<'_>) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
-    let path = named.path()?;
-    let list = match sized(|buffer| rustix::fs::llistxattr(&path, buffer)) {
+pub fn xattrs(named: Named<'_>) -> io::Result<Attributes> {
+    list(&named.path()?, Links::Stay)
+}
+
+/// Whether a link at the end of a path is followed.
+#[derive(Clone, Copy)]
+enum Links {
+    Follow,
+    Stay,
+}
+
+fn list(path: &CStr, links: Links) -> io::Result<Attributes> {
+    let listed = sized(|buffer| match links {
+        Links::Follow => rustix::fs::listxattr(path, buffer),
+        Links::Stay => rustix::fs::llistxattr(path, buffer),
+    });
+    let list = match listed {
         Ok(list) => list,
         Err(Errno::OPNOTSUPP) => return Ok(Vec::new()),
         Err(error) => return Err(error.into()),
@@ -75,7 +95,11 @@ pub fn xattrs(named: Named<'_>) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
     let mut found = Vec::new();
     for name in list.split(|&b| b == 0).filter(|n| !n.is_empty()) {
         let c_name = c_string(name)?;
-        match sized(|buffer| rustix::fs::lgetxattr(&path, &c_name, buffer)) {
+        let value = sized(|buffer| match links {
+            Links::Follow => rustix::fs::getxattr(path, &c_name, buffer),
+            Links::Stay => rustix::fs::lgetxattr(path, &c_name, buffer),
+        });
+        match value {
             Ok(value) => found.push((name.to_vec(), value)),
             // It went away in between.
             Err(Errno::NODATA) => {}

@@ -14,7 +14,8 @@ use std::sync::Arc;
 
 use rustix::fs::Statx;
 
-use crate::filter::{Change, Changes, Spot, walk};
+use crate::filter::{Spot, walk};
+use crate::marks::Change;
 use crate::sys::handle;
 use crate::view::{View, is_kind, stat_fd};
 use crate::{info, mounts};
@@ -68,6 +69,9 @@ pub struct Writer {
     /// Process that holds it; 0 where it is the kernel.
     pub pid: i32,
 }
+
+/// Changed names by spot.
+pub type Changes = std::collections::BTreeMap<Spot, Change>;
 
 /// Watches for silent changes between one look and the next.
 #[derive(Debug, Default)]

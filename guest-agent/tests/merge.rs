@@ -8,18 +8,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 
-use common::{Pair, is_root, round, try_round};
+use common::{Pair, is_root, round, sh, try_round};
 use understudy_channel::{Imported, OnConflict};
-
-/// Changes a tree as another program would: the agent's own changes do not count.
-fn sh(root: &Path, script: &str) {
-    let status = Command::new("sh")
-        .args(["-ec", script])
-        .current_dir(root)
-        .status()
-        .unwrap();
-    assert!(status.success(), "{script}");
-}
 
 fn read(path: impl AsRef<Path>) -> String {
     fs::read_to_string(path.as_ref()).unwrap_or_else(|e| panic!("{}: {e}", path.as_ref().display()))

@@ -22,6 +22,18 @@ pub(super) struct Open {
     pub(super) target: Target,
 }
 
+impl Open {
+    /// A file whose content is not wanted.
+    pub(super) fn skipped(spot: Spot, size: u64) -> Self {
+        Self {
+            spot,
+            meta: Meta::default(),
+            size,
+            target: Target::Skip,
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(super) enum Target {
     /// The content is not wanted.

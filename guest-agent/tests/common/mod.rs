@@ -12,6 +12,19 @@ use understudy_guest::export::Capture;
 use understudy_guest::import::Importer;
 use understudy_guest::view::View;
 
+/// The operation that all rounds belong to.
+pub const OPERATION: &str = "operation-1";
+
+/// Changes a tree as another program would: the agent's own changes do not count.
+pub fn sh(root: &Path, script: &str) {
+    let status = Command::new("sh")
+        .args(["-ec", script])
+        .current_dir(root)
+        .status()
+        .unwrap();
+    assert!(status.success(), "{script}");
+}
+
 /// Says why a test that needs root does not run.
 pub fn is_root() -> bool {
     let root = rustix::process::getuid().is_root();
@@ -81,7 +94,7 @@ impl Pair {
 
     /// Captures the guest. Its file system counts as the root one, so that rules mean what they say.
     pub fn capture(&self) -> Capture {
-        Capture::begin("operation-1", Some(vec![as_root(&self.guest)])).unwrap()
+        Capture::begin(OPERATION, Some(vec![as_root(&self.guest)])).unwrap()
     }
 
     /// Imports into the clone. What changes on it from now on, it changes itself.
@@ -160,7 +173,7 @@ pub fn try_round(
     thread::scope(|scope| {
         let export = scope.spawn(move || {
             let request = Export {
-                operation: "operation-1".into(),
+                operation: OPERATION.into(),
                 applied,
                 last,
                 count_only: false,
@@ -168,11 +181,22 @@ pub fn try_round(
             capture.export(&request, &mut sender).unwrap()
         });
         let request = Import {
-            operation: "operation-1".into(),
+            operation: OPERATION.into(),
             on_conflict,
         };
         let imported = importer.import(&request, &mut receiver).unwrap();
         drop(receiver);
         (export.join().unwrap(), imported)
     })
+}
+
+/// How many entries are dirty after round `applied`, without sending any.
+pub fn count(capture: &Capture, applied: u64) -> u64 {
+    let request = Export {
+        operation: OPERATION.into(),
+        applied,
+        last: true,
+        count_only: true,
+    };
+    capture.export(&request, &mut Vec::new()).unwrap().dirty
 }

@@ -26,7 +26,7 @@ fn end(entries: u64, bytes: u64) -> Transfer {
         round: 1,
         entries,
         bytes,
-        dirty: 0,
+        ..RoundEnd::default()
     })
 }
 
