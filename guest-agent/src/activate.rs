@@ -7,22 +7,19 @@ use understudy_channel::Activated;
 
 use crate::bus::{BusError, Value};
 use crate::role::{self, Role};
-use crate::sys::packet;
+use crate::sys::{netlink, packet};
 use crate::systemd::{Systemd, Unit, Verb, micros};
 use crate::{info, warning};
 
 /// How long units may take to start before the answer is given without them; their jobs go on.
 const START: Duration = Duration::from_secs(90);
 
-/// Announces the addresses, takes off the role of a clone, and starts what was held at boot and what was
+/// Meets the true neighbours, takes off the role of a clone, and starts what was held at boot and what was
 /// stopped for the import.
 pub fn activate(role: &Role, stopped: &[String]) -> Result<Activated, String> {
     let begin = Instant::now();
-    // First, for it shortens the interruption: frames that others send go where this address was last seen.
-    match packet::announce() {
-        Ok(count) => info!("{count} addresses announced after {} us", micros(begin.elapsed())),
-        Err(error) => warning!("addresses could not be announced: {error}"),
-    }
+    // First, for it shortens the interruption.
+    meet_neighbours();
     role::mark_active().map_err(|error| format!("{} could not be made: {error}", role::ACTIVE))?;
     // What the operation names and what was stopped comes first and by itself: it is what clients wait for,
     // and nothing of it waits until the many units that are held by default were looked at.
@@ -51,6 +48,26 @@ pub fn activate(role: &Role, stopped: &[String]) -> Result<Activated, String> {
         activated.started.len()
     );
     Ok(activated)
+}
+
+/// Forgets the neighbours that were learned, and announces the addresses to the true ones.
+///
+/// While the clone was isolated the host answered for everybody, with an address that leads nowhere: what is
+/// sent there now is lost until the kernel doubts the entry. And frames that others send go where our address
+/// was last seen.
+pub fn meet_neighbours() {
+    let begin = Instant::now();
+    match netlink::forget_neighbours() {
+        Ok(count) => info!(
+            "{count} neighbours forgotten after {} us",
+            micros(begin.elapsed())
+        ),
+        Err(error) => warning!("neighbours of the time of isolation could not be forgotten: {error}"),
+    }
+    match packet::announce() {
+        Ok(count) => info!("{count} addresses announced after {} us", micros(begin.elapsed())),
+        Err(error) => warning!("addresses could not be announced: {error}"),
+    }
 }
 
 /// Starts those of `held` that this boot held back, and all of `stopped`.

@@ -1,4 +1,4 @@
-//! Dumps of links, addresses, routes and neighbours over `rtnetlink(7)`.
+//! Links, addresses, routes and neighbours over `rtnetlink(7)`: dumps, and forgetting neighbours.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -54,10 +54,17 @@ pub struct Neighbour {
 const RTM_GETLINK: u16 = 18;
 const RTM_GETADDR: u16 = 22;
 const RTM_GETROUTE: u16 = 26;
+const RTM_DELNEIGH: u16 = 29;
 const RTM_GETNEIGH: u16 = 30;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
+const NLM_F_REQUEST_ACK: u16 = 0x5;
 const NLM_F_REQUEST_DUMP: u16 = 0x301;
+/// Fixed part of neighbour messages (`struct ndmsg`), in bytes: family, index at 4, state at 8, flags at 10.
+const NDMSG: usize = 12;
+const NUD_NOARP: u16 = 0x40;
+const NUD_PERMANENT: u16 = 0x80;
+const NTF_EXT_LEARNED: u8 = 0x10;
 
 /// All links.
 pub fn links() -> io::Result<Vec<Link>> {
@@ -135,7 +142,7 @@ pub fn default_routes() -> io::Result<Vec<DefaultRoute>> {
 /// Neighbours whose hardware address is known.
 pub fn neighbours() -> io::Result<Vec<Neighbour>> {
     let mut found = Vec::new();
-    dump(RTM_GETNEIGH, &[0u8; 12], 12, |header, attributes| {
+    dump(RTM_GETNEIGH, &[0u8; NDMSG], NDMSG, |header, attributes| {
         let (mut ip, mut mac) = (None, None);
         for (kind, value) in attributes {
             match kind {
@@ -153,6 +160,41 @@ pub fn neighbours() -> io::Result<Vec<Neighbour>> {
         }
     })?;
     Ok(found)
+}
+
+/// Forgets every neighbour that was learned, on all links, whatever its state; returns how many. Those that
+/// somebody has set stay: permanent ones, ones that need no resolution, and those of a routing daemon.
+pub fn forget_neighbours() -> io::Result<usize> {
+    let mut learned = Vec::new();
+    dump(RTM_GETNEIGH, &[0u8; NDMSG], NDMSG, |header, attributes| {
+        let family = i32::from(header[0]);
+        let (state, flags) = (u16_at(header, 8), header[10]);
+        let is_ip = family == libc::AF_INET || family == libc::AF_INET6;
+        if !is_ip || state & (NUD_PERMANENT | NUD_NOARP) != 0 || flags & NTF_EXT_LEARNED != 0 {
+            return;
+        }
+        if let Some((kind, ip)) = attributes.into_iter().find(|(kind, _)| *kind == 1) {
+            let mut body = vec![header[0], 0, 0, 0];
+            body.extend_from_slice(&header[4..8]);
+            body.extend_from_slice(&[0; 4]);
+            body.extend_from_slice(&(4 + ip.len() as u16).to_ne_bytes());
+            body.extend_from_slice(&kind.to_ne_bytes());
+            body.extend_from_slice(ip);
+            learned.push(body);
+        }
+    })?;
+    let socket = open()?;
+    let mut forgotten = 0;
+    for body in &learned {
+        send(&socket, RTM_DELNEIGH, NLM_F_REQUEST_ACK, body)?;
+        match acknowledgement(&socket) {
+            Ok(()) => forgotten += 1,
+            // The kernel forgot it by itself meanwhile, or its link is gone.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV)) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(forgotten)
 }
 
 /// `aa:bb:cc:dd:ee:ff`.
@@ -196,14 +238,7 @@ fn dump(
     mut each: impl FnMut(&[u8], Vec<(u16, &[u8])>),
 ) -> io::Result<()> {
     let socket = open()?;
-    let mut message = Vec::with_capacity(16 + body.len());
-    message.extend_from_slice(&((16 + body.len()) as u32).to_ne_bytes());
-    message.extend_from_slice(&request.to_ne_bytes());
-    message.extend_from_slice(&NLM_F_REQUEST_DUMP.to_ne_bytes());
-    message.extend_from_slice(&1u32.to_ne_bytes());
-    message.extend_from_slice(&0u32.to_ne_bytes());
-    message.extend_from_slice(body);
-    rustix::net::send(&socket, &message, rustix::net::SendFlags::empty())?;
+    send(&socket, request, NLM_F_REQUEST_DUMP, body)?;
 
     let mut buffer = vec![0u8; 64 * 1024];
     loop {
@@ -229,6 +264,32 @@ fn dump(
             }
             rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
         }
+    }
+}
+
+fn send(socket: &OwnedFd, request: u16, flags: u16, body: &[u8]) -> io::Result<()> {
+    let mut message = Vec::with_capacity(16 + body.len());
+    message.extend_from_slice(&((16 + body.len()) as u32).to_ne_bytes());
+    message.extend_from_slice(&request.to_ne_bytes());
+    message.extend_from_slice(&flags.to_ne_bytes());
+    message.extend_from_slice(&1u32.to_ne_bytes());
+    message.extend_from_slice(&0u32.to_ne_bytes());
+    message.extend_from_slice(body);
+    rustix::net::send(socket, &message, rustix::net::SendFlags::empty())?;
+    Ok(())
+}
+
+/// Waits for the answer to a request that is no dump.
+fn acknowledgement(socket: &OwnedFd) -> io::Result<()> {
+    let mut buffer = [0u8; 1024];
+    let received = rustix::io::retry_on_intr(|| rustix::io::read(socket, &mut buffer[..]))?;
+    let answer = &buffer[..received];
+    if answer.len() < 20 || u16_at(answer, 4) != NLMSG_ERROR {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    match u32_at(answer, 16) as i32 {
+        0 => Ok(()),
+        code => Err(io::Error::from_raw_os_error(-code)),
     }
 }
 
