@@ -1,7 +1,10 @@
 //! Freezing and thawing, on a file system and on control groups that the tests made themselves.
 #![allow(clippy::unwrap_used)]
 
-mod common;
+#[path = "common/images.rs"]
+mod images;
+#[path = "common/root.rs"]
+mod root;
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -9,12 +12,33 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Pair, is_root};
+use images::{Mounted, make};
+use root::is_root;
 use understudy_guest::freeze::Filesystems;
 use understudy_guest::userland::Userland;
 use understudy_guest::view::View;
 
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A file system of our own.
+struct Disk {
+    at: PathBuf,
+    _mounted: Mounted,
+    _dir: tempfile::TempDir,
+}
+
+impl Disk {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (image, at) = (dir.path().join("image"), dir.path().join("at"));
+        make(&image);
+        Self {
+            _mounted: Mounted::new(&image, &at),
+            at,
+            _dir: dir,
+        }
+    }
+}
 
 /// A program that writes a file and says so on each line.
 fn writer(file: &Path) -> (Child, std::sync::mpsc::Receiver<()>) {
@@ -56,11 +80,11 @@ fn a_frozen_file_system_makes_writers_wait_until_it_thaws() {
     if !is_root() {
         return;
     }
-    let pair = Pair::new(|_| {});
+    let disk = Disk::new();
     let filesystems = Filesystems::default();
-    let (mut child, heard) = writer(&pair.guest.join("f"));
+    let (mut child, heard) = writer(&disk.at.join("f"));
     filesystems
-        .freeze_these(vec![View::open(&pair.guest).unwrap()], 60_000)
+        .freeze_these(vec![View::open(&disk.at).unwrap()], 60_000)
         .unwrap();
     assert!(silent(&heard));
     assert!(
@@ -80,11 +104,11 @@ fn when_the_host_falls_silent_the_file_system_thaws_by_itself() {
     if !is_root() {
         return;
     }
-    let pair = Pair::new(|_| {});
+    let disk = Disk::new();
     let filesystems = Filesystems::default();
-    let (mut child, heard) = writer(&pair.guest.join("f"));
+    let (mut child, heard) = writer(&disk.at.join("f"));
     filesystems
-        .freeze_these(vec![View::open(&pair.guest).unwrap()], 1500)
+        .freeze_these(vec![View::open(&disk.at).unwrap()], 1500)
         .unwrap();
     while heard.try_recv().is_ok() {}
     heard.recv_timeout(PATIENCE).expect("the writer goes on");

@@ -1,14 +1,23 @@
 //! The three-way merge: what becomes of paths that guest, clone or both changed since the split.
 #![allow(clippy::unwrap_used)]
 
-mod common;
+#[path = "common/images.rs"]
+mod images;
+#[path = "common/root.rs"]
+mod root;
+#[path = "common/rounds.rs"]
+mod rounds;
+#[path = "common/shell.rs"]
+mod shell;
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 
-use common::{Pair, is_root, round, sh, try_round};
+use root::is_root;
+use rounds::{Pair, count, export, import, round, try_round};
+use shell::sh;
 use understudy_channel::{Imported, OnConflict};
 
 fn read(path: impl AsRef<Path>) -> String {
@@ -310,7 +319,6 @@ fn the_guests_active_journal_becomes_an_archived_one_beside_the_clones() {
 #[test]
 fn once_nothing_changes_any_more_nothing_is_counted_as_dirty() {
     use std::io::{BufRead, BufReader, Read, Write};
-    use understudy_channel::{Export, Transfer, read_frame};
     if !is_root() {
         return;
     }
@@ -330,29 +338,14 @@ fn once_nothing_changes_any_more_nothing_is_counted_as_dirty() {
         .read_line(&mut line)
         .unwrap();
     let (_, applied) = round(&capture, &importer, 0, true);
-    let count = |applied| {
-        let mut out = Vec::new();
-        let export = Export {
-            operation: "operation-1".into(),
-            applied,
-            last: true,
-            count_only: true,
-        };
-        capture.export(&export, &mut out).unwrap();
-        let Transfer::RoundEnd(end) = read_frame(&mut out.as_slice()).unwrap() else {
-            panic!()
-        };
-        end
-    };
-    assert_eq!(count(applied.round).entries, 0);
-    assert_eq!(count(applied.round).dirty, 0);
+    assert_eq!(count(&capture, applied.round), 0);
     sh(&pair.guest, "echo late >> log");
     assert_eq!(
-        count(applied.round).entries,
+        count(&capture, applied.round),
         1,
         "what is written after the last round is seen"
     );
-    assert_eq!(count(applied.round).entries, 1, "and stays dirty");
+    assert_eq!(count(&capture, applied.round), 1, "and stays dirty");
     child.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
     child.stdout.take().unwrap().read_to_end(&mut Vec::new()).unwrap();
     child.wait().unwrap();
@@ -360,7 +353,6 @@ fn once_nothing_changes_any_more_nothing_is_counted_as_dirty() {
 
 #[test]
 fn a_session_that_breaks_within_a_joined_log_loses_no_line_of_the_clone() {
-    use understudy_channel::{Export, Import};
     if !is_root() {
         return;
     }
@@ -372,19 +364,9 @@ fn a_session_that_breaks_within_a_joined_log_loses_no_line_of_the_clone() {
     let (_, applied) = round(&capture, &importer, 0, false);
     sh(&pair.guest, "echo guest 2 >> var/log/app.log");
     let mut stream = Vec::new();
-    let export = Export {
-        operation: "operation-1".into(),
-        applied: applied.round,
-        last: false,
-        count_only: false,
-    };
-    capture.export(&export, &mut stream).unwrap();
-    let import = Import {
-        operation: "operation-1".into(),
-        on_conflict: OnConflict::PreferGuest,
-    };
+    export(&capture, applied.round, false, &mut stream);
     for cut in 1..stream.len() {
-        assert!(importer.import(&import, &mut &stream[..cut]).is_err());
+        assert!(import(&importer, OnConflict::PreferGuest, &mut &stream[..cut]).is_err());
         let now = read(&log);
         assert!(
             now.ends_with("clone 1\n") && now.matches("clone 1").count() == 1,

@@ -2,7 +2,8 @@
 //! ones where its addresses are.
 #![allow(clippy::unwrap_used)]
 
-mod common;
+#[path = "common/root.rs"]
+mod root;
 
 use std::io::Read;
 use std::net::IpAddr;
@@ -10,7 +11,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::thread;
 use std::time::Duration;
 
-use common::{is_root, run};
+use root::{is_root, run};
 use understudy_guest::activate::meet_neighbours;
 use understudy_guest::sys::netlink::{links, neighbours};
 

@@ -3,17 +3,26 @@
 //! happens every time.
 #![allow(clippy::unwrap_used)]
 
-mod common;
+#[path = "common/images.rs"]
+mod images;
+#[path = "common/root.rs"]
+mod root;
+#[path = "common/rounds.rs"]
+mod rounds;
+#[path = "common/shell.rs"]
+mod shell;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use common::{OPERATION, Pair, count, is_root, round, sh};
+use root::is_root;
+use rounds::{Pair, count, round};
 use rustix::fs::XattrFlags;
+use shell::sh;
 use understudy_channel::{
-    Entry, Export, Import, Imported, Meta, Node, OnConflict, RoundEnd, Transfer, read_frame, write_frame,
+    Entry, Imported, Meta, Node, OnConflict, RoundEnd, Transfer, read_frame, write_frame,
 };
 use understudy_guest::export::{Capture, Moment};
 use understudy_guest::import::Importer;
@@ -33,14 +42,8 @@ fn once(capture: &Capture, pair: &Pair, moment: Moment, path: &'static str, scri
 
 /// A round into a buffer: paths in it, and the stream.
 fn export(capture: &Capture, applied: u64) -> (Vec<String>, Vec<u8>) {
-    let request = Export {
-        operation: OPERATION.into(),
-        applied,
-        last: false,
-        count_only: false,
-    };
     let mut stream = Vec::new();
-    capture.export(&request, &mut stream).unwrap();
+    rounds::export(capture, applied, false, &mut stream);
     let mut paths = Vec::new();
     let mut rest = stream.as_slice();
     while let Ok(transfer) = read_frame::<Transfer>(&mut rest) {
@@ -52,11 +55,7 @@ fn export(capture: &Capture, applied: u64) -> (Vec<String>, Vec<u8>) {
 }
 
 fn import(importer: &Importer, mut stream: &[u8]) -> Imported {
-    let request = Import {
-        operation: OPERATION.into(),
-        on_conflict: OnConflict::PreferGuest,
-    };
-    importer.import(&request, &mut stream).unwrap()
+    rounds::import(importer, OnConflict::PreferGuest, &mut stream).unwrap()
 }
 
 /// A round made by hand, of entries without content.

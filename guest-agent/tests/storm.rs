@@ -2,7 +2,12 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-mod common;
+#[path = "common/images.rs"]
+mod images;
+#[path = "common/root.rs"]
+mod root;
+#[path = "common/rounds.rs"]
+mod rounds;
 
 use std::ffi::CString;
 use std::fs::{self, OpenOptions};
@@ -11,7 +16,8 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use common::{Pair, count, is_root, round};
+use root::is_root;
+use rounds::{Pair, count, round};
 use rustix::fs::{AtFlags, CWD, FallocateFlags, RenameFlags, Timespec, Timestamps, XattrFlags};
 
 /// A small generator (xorshift), so that a seed tells a whole storm.

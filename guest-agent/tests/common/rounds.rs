@@ -1,95 +1,59 @@
-//! A guest and its clone as two ext4 images on loop devices, and rounds between them.
-#![allow(dead_code, clippy::unwrap_used)]
+//! A guest and its clone as two mounted images, and rounds between them.
 
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use understudy_channel::{Applied, Export, Import, Imported, OnConflict, RoundEnd};
+use understudy_channel::{Applied, Export, FrameError, Import, Imported, OnConflict, RoundEnd};
 use understudy_guest::export::Capture;
 use understudy_guest::import::Importer;
 use understudy_guest::view::View;
 
+use crate::images::{Mounted, make};
+use crate::root::run;
+
 /// The operation that all rounds belong to.
-pub const OPERATION: &str = "operation-1";
-
-/// Changes a tree as another program would: the agent's own changes do not count.
-pub fn sh(root: &Path, script: &str) {
-    let status = Command::new("sh")
-        .args(["-ec", script])
-        .current_dir(root)
-        .status()
-        .unwrap();
-    assert!(status.success(), "{script}");
-}
-
-/// Says why a test that needs root does not run.
-pub fn is_root() -> bool {
-    let root = rustix::process::getuid().is_root();
-    if !root {
-        eprintln!("SKIPPED: needs root for loop mounts and fanotify");
-    }
-    root
-}
-
-pub fn run(program: &str, arguments: &[&str]) {
-    let output = Command::new(program)
-        .args(arguments)
-        .output()
-        .unwrap_or_else(|e| panic!("{program}: {e}"));
-    assert!(
-        output.status.success(),
-        "{program} {arguments:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-}
-
-/// Unmounts, patiently: a program that a test beside is just starting has our open files, until its exec.
-pub fn unmount(at: &Path) {
-    let started = Instant::now();
-    loop {
-        let done = Command::new("umount").arg(at).output().unwrap();
-        if done.status.success() {
-            return;
-        }
-        let said = String::from_utf8_lossy(&done.stderr).into_owned();
-        let again = said.contains("busy") && started.elapsed() < Duration::from_secs(60);
-        assert!(again, "umount {}: {said}", at.display());
-        thread::sleep(Duration::from_millis(50));
-    }
-}
+const OPERATION: &str = "operation-1";
 
 /// Two mounted images that parted when the second was copied from the first.
 pub struct Pair {
-    pub dir: tempfile::TempDir,
+    /// Where the guest's is mounted.
     pub guest: PathBuf,
+    /// Where the clone's is mounted.
     pub clone: PathBuf,
+    _mounted: [Mounted; 2],
+    dir: tempfile::TempDir,
 }
 
 impl Pair {
     /// Makes the guest's image, lets `fill` put something into it, and copies it.
     pub fn new(fill: impl FnOnce(&Path)) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::within(&std::env::temp_dir(), fill)
+    }
+
+    /// As [`Pair::new`], with the images below `folder`.
+    pub fn within(folder: &Path, fill: impl FnOnce(&Path)) -> Self {
+        let dir = tempfile::tempdir_in(folder).unwrap();
         let (guest, clone) = (dir.path().join("guest"), dir.path().join("clone"));
-        std::fs::create_dir(&guest).unwrap();
-        std::fs::create_dir(&clone).unwrap();
         let (a, b) = (dir.path().join("a.img"), dir.path().join("b.img"));
-        std::fs::File::create(&a).unwrap().set_len(256 << 20).unwrap();
-        run("mke2fs", &["-q", "-t", "ext4", "-F", a.to_str().unwrap()]);
-        mount(&a, &guest);
+        make(&a);
+        let filled = Mounted::new(&a, &guest);
         fill(&guest);
         // The split: everything is written out, as FIFREEZE would.
         rustix::fs::syncfs(std::fs::File::open(&guest).unwrap()).unwrap();
         unmount(&guest);
-        run(
-            "cp",
-            &["--sparse=always", a.to_str().unwrap(), b.to_str().unwrap()],
-        );
-        mount(&a, &guest);
-        mount(&b, &clone);
-        Self { dir, guest, clone }
+        drop(filled);
+        let paths = [a.to_str().unwrap(), b.to_str().unwrap()];
+        run("cp", &["--sparse=always", paths[0], paths[1]]);
+        Self {
+            _mounted: [Mounted::new(&a, &guest), Mounted::new(&b, &clone)],
+            guest,
+            clone,
+            dir,
+        }
     }
 
     /// Captures the guest. Its file system counts as the root one, so that rules mean what they say.
@@ -127,11 +91,18 @@ impl Pair {
     }
 }
 
-impl Drop for Pair {
-    fn drop(&mut self) {
-        for mounted in [&self.guest, &self.clone] {
-            let _ = Command::new("umount").arg("-l").arg(mounted).status();
+/// Unmounts, patiently: a program that a test beside is just starting has our open files, until its exec.
+fn unmount(at: &Path) {
+    let started = Instant::now();
+    loop {
+        let done = Command::new("umount").arg(at).output().unwrap();
+        if done.status.success() {
+            return;
         }
+        let said = String::from_utf8_lossy(&done.stderr).into_owned();
+        let again = said.contains("busy") && started.elapsed() < Duration::from_secs(60);
+        assert!(again, "umount {}: {said}", at.display());
+        thread::sleep(Duration::from_millis(50));
     }
 }
 
@@ -139,18 +110,6 @@ fn as_root(mounted: &Path) -> View {
     let mut view = View::open(mounted).unwrap();
     view.mount_point = "/".into();
     view
-}
-
-fn mount(image: &Path, at: &Path) {
-    run(
-        "mount",
-        &[
-            "-o",
-            "loop,user_xattr,acl",
-            image.to_str().unwrap(),
-            at.to_str().unwrap(),
-        ],
-    );
 }
 
 /// One round from guest to clone.
@@ -162,6 +121,7 @@ pub fn round(capture: &Capture, importer: &Importer, applied: u64, last: bool) -
     }
 }
 
+/// As [`round`], which may be refused.
 pub fn try_round(
     capture: &Capture,
     importer: &Importer,
@@ -171,32 +131,44 @@ pub fn try_round(
 ) -> (RoundEnd, Imported) {
     let (mut sender, mut receiver) = UnixStream::pair().unwrap();
     thread::scope(|scope| {
-        let export = scope.spawn(move || {
-            let request = Export {
-                operation: OPERATION.into(),
-                applied,
-                last,
-                count_only: false,
-            };
-            capture.export(&request, &mut sender).unwrap()
-        });
-        let request = Import {
-            operation: OPERATION.into(),
-            on_conflict,
-        };
-        let imported = importer.import(&request, &mut receiver).unwrap();
+        let export = scope.spawn(move || export(capture, applied, last, &mut sender));
+        let imported = import(importer, on_conflict, &mut receiver).unwrap();
         drop(receiver);
         (export.join().unwrap(), imported)
     })
 }
 
+/// The guest's half of a round.
+pub fn export(capture: &Capture, applied: u64, last: bool, out: &mut impl Write) -> RoundEnd {
+    ask(capture, applied, last, false, out)
+}
+
+/// The clone's half of a round.
+pub fn import(
+    importer: &Importer,
+    on_conflict: OnConflict,
+    from: &mut impl Read,
+) -> Result<Imported, FrameError> {
+    let request = Import {
+        operation: OPERATION.into(),
+        on_conflict,
+    };
+    importer.import(&request, from)
+}
+
 /// How many entries are dirty after round `applied`, without sending any.
 pub fn count(capture: &Capture, applied: u64) -> u64 {
+    let end = ask(capture, applied, true, true, &mut Vec::new());
+    assert_eq!(end.dirty, end.entries);
+    end.entries
+}
+
+fn ask(capture: &Capture, applied: u64, last: bool, count_only: bool, out: &mut impl Write) -> RoundEnd {
     let request = Export {
         operation: OPERATION.into(),
         applied,
-        last: true,
-        count_only: true,
+        last,
+        count_only,
     };
-    capture.export(&request, &mut Vec::new()).unwrap().dirty
+    capture.export(&request, out).unwrap()
 }
