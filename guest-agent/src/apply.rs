@@ -1,5 +1,6 @@
 //! Applies the guest's changes to the clone, path by path (DESIGN §5, "Merge").
 
+mod failure;
 mod files;
 
 use std::collections::HashMap;
@@ -11,6 +12,7 @@ use rustix::fs::{FallocateFlags, OFlags};
 use rustix::io::Errno;
 use understudy_channel::{Applied, Entry, Meta, Node, OnConflict, RoundEnd};
 
+use self::failure::{Failure, is_misfit};
 use self::files::Open;
 use crate::conflict::{self, Keeper};
 use crate::filter::{Filter, Spot};
@@ -557,44 +559,6 @@ impl<'a> Applier<'a> {
 enum Small {
     Symlink(Vec<u8>),
     Special(u64),
-}
-
-#[derive(Debug, thiserror::Error)]
-enum Failure {
-    #[error(transparent)]
-    Io(io::Error),
-    #[error("{0}")]
-    Unit(String),
-    #[error("{0}")]
-    Misfit(&'static str),
-    /// To be sent again, and to be taken by its path then.
-    #[error("its directory is not known")]
-    Stranger,
-}
-
-/// Whether an error tells that what is there is not what the entry builds on, and not that the clone is unable.
-fn is_misfit(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(
-            libc::ENOENT
-                | libc::ENOTDIR
-                | libc::EISDIR
-                | libc::EEXIST
-                | libc::ENOTEMPTY
-                | libc::ELOOP
-                | libc::EINVAL
-                | libc::ESTALE
-                | libc::EXDEV
-                | libc::EBUSY
-        )
-    )
-}
-
-impl From<io::Error> for Failure {
-    fn from(error: io::Error) -> Self {
-        Self::Io(error)
-    }
 }
 
 fn guest_handle(meta: &Meta) -> Handle {

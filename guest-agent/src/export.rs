@@ -3,10 +3,11 @@
 //! Rounds are cumulative: what the clone has not acknowledged is sent again, whole. What it has, is
 //! remembered block by block, so that a later round sends only what differs.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{self, BufWriter, Write};
 use std::sync::{Arc, Mutex};
 
+use rustix::fs::OFlags;
 use understudy_channel::{Entry, Export, FrameError, Node, Refusal, RoundEnd, Transfer, write_frame};
 
 use crate::content::{BLOCK, Sender, Sent};
@@ -22,6 +23,9 @@ use crate::view::{View, is_absent, is_kind, stat_fd};
 /// Most blocks that are remembered over all files: 256 GiB of content, at 24 bytes a block. Files beyond it
 /// are sent whole in every round.
 const MAX_BLOCKS: usize = 4 << 20;
+
+/// So few remembered files are not worth looking for those that are gone.
+const SWEEP: usize = 10_000;
 
 /// Why a round could not be sent.
 #[derive(Debug, thiserror::Error)]
@@ -87,8 +91,11 @@ struct Rounds {
     carry: Marks,
     /// Rounds that are not acknowledged.
     unacknowledged: BTreeMap<u64, Unacknowledged>,
-    sent: BTreeMap<Spot, Sent>,
+    /// By inode: through whichever of its names a file is sent, the clone has one content of it.
+    sent: HashMap<(usize, Handle), Sent>,
     blocks: usize,
+    /// How many files were remembered when those that are gone were forgotten last.
+    swept: usize,
 }
 
 /// A round that the clone may not have.
@@ -97,7 +104,7 @@ struct Unacknowledged {
     /// What it was about.
     marks: Marks,
     /// Files that were sent.
-    files: Vec<Spot>,
+    files: Vec<(usize, Handle)>,
 }
 
 impl Rounds {
@@ -105,40 +112,40 @@ impl Rounds {
         let later = self.unacknowledged.split_off(&(applied + 1));
         self.unacknowledged.clear();
         for round in later.into_values() {
-            for spot in &round.files {
-                self.forget(spot);
+            for file in &round.files {
+                self.forget(file);
             }
             self.carry.merge(round.marks);
         }
     }
 
-    /// The clone does not have this file any more, nor what is below it.
-    fn forget(&mut self, spot: &Spot) {
-        if let Some(sent) = self.sent.remove(spot) {
+    /// What the clone has of this file is not known any more.
+    fn forget(&mut self, file: &(usize, Handle)) {
+        if let Some(sent) = self.sent.remove(file) {
             self.blocks -= sent.len();
-        }
-        let first = (spot.0, [&spot.1[..], b"/"].concat());
-        let after = (spot.0, [&spot.1[..], b"0"].concat());
-        let below: Vec<Spot> = if spot.1.is_empty() {
-            self.sent.keys().filter(|s| s.0 == spot.0).cloned().collect()
-        } else {
-            self.sent.range(first..after).map(|(s, _)| s.clone()).collect()
-        };
-        for spot in below {
-            if let Some(sent) = self.sent.remove(&spot) {
-                self.blocks -= sent.len();
-            }
         }
     }
 
-    fn remember(&mut self, spot: &Spot, sent: Sent) {
+    fn remember(&mut self, fs: usize, sent: Sent) {
+        let file = (fs, sent.handle.clone());
         if let Some(round) = self.unacknowledged.get_mut(&self.last) {
-            round.files.push(spot.clone());
+            round.files.push(file.clone());
         }
         if self.blocks + sent.len() <= MAX_BLOCKS {
             self.blocks += sent.len();
-            self.sent.insert(spot.clone(), sent);
+            self.sent.insert(file, sent);
         }
+    }
+
+    /// Forgets files that are gone, each time that twice as many are remembered as were left the last time.
+    fn sweep(&mut self, views: &[Arc<View>]) {
+        if self.sent.len() < SWEEP.max(2 * self.swept) {
+            return;
+        }
+        self.sent
+            .retain(|(fs, handle), _| !matches!(views[*fs].open_handle(handle), Ok(None)));
+        self.blocks = self.sent.values().map(Sent::len).sum();
+        self.swept = self.sent.len();
     }
 }
 
@@ -200,6 +207,7 @@ impl Capture {
         out: &mut impl Write,
     ) -> Result<RoundEnd, ExportError> {
         rounds.acknowledge(request.applied);
+        rounds.sweep(&self.filter.views());
         let mut marks = std::mem::take(&mut rounds.carry);
         if let Err(error) = self.collect(rounds, &mut marks, request.count_only) {
             rounds.carry = marks;
@@ -230,6 +238,7 @@ impl Capture {
             rounds,
             out,
             introduced: HashSet::new(),
+            sent: HashSet::new(),
             left_out: raced,
             end: RoundEnd {
                 round,
@@ -261,7 +270,7 @@ impl Capture {
         }
         let differing = doubtful
             .into_iter()
-            .filter(|spot| differs(&views[spot.0], spot, rounds.sent.get(spot)))
+            .filter(|spot| differs(&views[spot.0], spot, &rounds.sent))
             .map(|spot| (spot, Default::default()))
             .collect();
         mark_spots(&views, differing, marks).map_err(ExportError::Look)?;
@@ -285,18 +294,18 @@ fn mark_spots(views: &[Arc<View>], changes: Changes, marks: &mut Marks) -> io::R
 }
 
 /// Whether a file's content is another one than what the clone has of it. What cannot be compared differs.
-fn differs(view: &View, spot: &Spot, sent: Option<&Sent>) -> bool {
-    let compare = |known: &Sent| -> Result<bool, FrameError> {
+fn differs(view: &View, spot: &Spot, sent: &HashMap<(usize, Handle), Sent>) -> bool {
+    let compare = || -> Result<bool, FrameError> {
         let fd = open_quietly(view, &spot.1)?;
         let handle = handle_of(&fd, c"")?;
-        if handle != known.handle {
+        let Some(known) = sent.get(&(spot.0, handle.clone())) else {
             return Ok(true);
-        }
+        };
         let size = stat_fd(&fd)?.stx_size;
         let (now, _) = Sender::new(&mut io::sink(), Some(known)).send(&fd, size, handle)?;
         Ok(now.as_ref() != Some(known))
     };
-    sent.is_none_or(|known| compare(known).unwrap_or(true))
+    compare().unwrap_or(true)
 }
 
 /// Files that are in use as swap: their content means nothing to the clone.
@@ -319,13 +328,15 @@ fn estimate(views: &[Arc<View>], rounds: &Rounds, plan: &Plan) -> RoundEnd {
         ..RoundEnd::default()
     };
     for Item { spot, .. } in &plan.items {
-        if let Ok(Some(stat)) = views[spot.0].stat(&spot.1)
+        let fd = views[spot.0].open_at(&spot.1, OFlags::PATH | OFlags::NOFOLLOW);
+        if let Ok(fd) = fd
+            && let (Ok(stat), Ok(handle)) = (stat_fd(&fd), handle_of(&fd, c""))
             && is_kind(&stat, libc::S_IFREG)
         {
             // Of a file that the clone has, at least a block is likely to be sent.
             let known = rounds
                 .sent
-                .get(spot)
+                .get(&(spot.0, handle))
                 .map_or(0, |s| (s.len() as u64 * BLOCK).saturating_sub(BLOCK));
             end.bytes += stat.stx_size.min(stat.stx_blocks * 512).saturating_sub(known);
         }
@@ -341,6 +352,8 @@ struct RoundWriter<'a, W> {
     out: &'a mut W,
     /// Directories that this round has told of.
     introduced: HashSet<(usize, Handle)>,
+    /// Files that it has sent.
+    sent: HashSet<(usize, Handle)>,
     /// What could not be told now, to be told in the next round.
     left_out: Marks,
     end: RoundEnd,
@@ -354,7 +367,6 @@ impl<W: Write> RoundWriter<'_, W> {
         for item in gone {
             match self.read(item)? {
                 Found::Nothing => {
-                    self.rounds.forget(&item.spot);
                     self.entry(item, Node::Gone)?;
                     self.frame(&Transfer::EntryEnd)?;
                 }
@@ -362,9 +374,6 @@ impl<W: Write> RoundWriter<'_, W> {
             }
         }
         for item in present {
-            if item.change.tree {
-                self.rounds.forget(&item.spot);
-            }
             let is_known =
                 !item.young_folder || self.introduced.contains(&(item.spot.0, item.folder.clone()));
             match self.read(item)? {
@@ -394,15 +403,18 @@ impl<W: Write> RoundWriter<'_, W> {
         let Inode { handle, meta, what } = inode;
         let node = match what {
             What::File(fd, size) => {
-                let spot = &item.spot;
-                let known = self.rounds.sent.get(spot).filter(|s| s.handle == handle).cloned();
-                self.rounds.forget(spot);
+                let file = (item.spot.0, handle.clone());
+                // What moved may have been lost on the clone while it had no name there. And whether what this
+                // round said of a file was taken is not known yet.
+                let is_new = item.change.tree || !self.sent.insert(file.clone());
+                let known = self.rounds.sent.get(&file).filter(|_| !is_new).cloned();
+                self.rounds.forget(&file);
                 let whole = known.is_none();
                 self.entry(item, Node::File { meta, size, whole })?;
                 let (sent, bytes) = Sender::new(self.out, known.as_ref()).send(&fd, size, handle)?;
                 self.end.bytes += bytes;
                 if let Some(sent) = sent {
-                    self.rounds.remember(spot, sent);
+                    self.rounds.remember(item.spot.0, sent);
                 }
                 return self.frame(&Transfer::EntryEnd);
             }

@@ -11,7 +11,7 @@ use understudy_channel::Meta;
 use crate::meta;
 use crate::plan::Item;
 use crate::sys::handle::{Handle, handle_of};
-use crate::view::{View, c_string, is_absent, proc_path, stat_fd};
+use crate::view::{View, c_string, is_absent, path_of, proc_path, split, stat_fd};
 
 /// What was found under a name.
 #[derive(Debug)]
@@ -71,8 +71,11 @@ pub fn read(view: &View, item: &Item, midway: impl FnOnce()) -> io::Result<Found
         Err(error) if is_absent(&error) => None,
         Err(error) => return Err(error),
     };
+    // A directory that moves during the round has no place on the clone before its own turn comes again. What
+    // is gone from it is gone wherever it is.
+    let is_in_place = || Ok::<_, io::Error>(path_of(&folder)? == split(&item.spot.1).0);
     Ok(match found {
-        Some(inode) if now.as_ref() == Some(&inode.handle) => Found::Inode(inode),
+        Some(inode) if now.as_ref() == Some(&inode.handle) && is_in_place()? => Found::Inode(inode),
         None if now.is_none() && stat_fd(&folder)?.stx_nlink > 0 => Found::Nothing,
         _ => Found::Raced,
     })

@@ -204,6 +204,40 @@ fn what_is_written_through_a_name_that_is_deleted_arrives_under_the_files_other_
 }
 
 #[test]
+fn what_is_in_a_directory_that_moves_during_the_round_waits_until_it_has_a_place() {
+    if !is_root() {
+        return;
+    }
+    let pair = Pair::new(|root| sh(root, "mkdir d; echo base > d/x; echo base > f"));
+    let (capture, importer) = (pair.capture(), pair.importer());
+    sh(&pair.guest, "mv d e; echo guest >> e/x; echo guest >> f");
+    once(&capture, &pair, Moment::Planned, "", "mv e g");
+    let (paths, stream) = export(&capture, 0);
+    assert_eq!(paths, ["/d", "/", "/f"]);
+    let Imported::Applied(applied) = import(&importer, &stream) else {
+        panic!("refused")
+    };
+    assert_eq!(applied.round, 1, "the rest of the round counts");
+    assert_all_arrives(&capture, &importer, &pair, applied.round);
+}
+
+#[test]
+fn content_that_comes_back_through_another_name_is_not_taken_for_known() {
+    if !is_root() {
+        return;
+    }
+    let pair = Pair::new(|root| sh(root, "echo base > f; ln f g"));
+    let (capture, importer) = (pair.capture(), pair.importer());
+    let mut applied = 0;
+    for script in ["echo 1 > f", "echo 2 > g", "echo 1 > f"] {
+        sh(&pair.guest, script);
+        applied = round(&capture, &importer, applied, false).1.round;
+    }
+    assert_eq!(fs::read_to_string(pair.clone.join("g")).unwrap(), "1\n");
+    assert_all_arrives(&capture, &importer, &pair, applied);
+}
+
+#[test]
 fn a_new_directory_that_changes_places_with_an_old_one_leaves_nothing_of_its_own_there() {
     if !is_root() {
         return;

@@ -101,16 +101,17 @@ impl Applier<'_> {
                 }
             }
         }
-        if !same && !whole {
-            self.again = true;
-            return Ok(Target::Skip);
-        }
-        if !same && let Some(inode) = self.find(spot.0, &wanted, libc::S_IFREG)? {
-            let linked = self.places.link(&inode, spot.0)?;
-            self.places.put(&linked, spot)?;
-        } else if !same {
-            let (fresh, fd) = self.places.make_file(spot.0)?;
-            return Ok(Target::Fresh(fresh, fd));
+        if !same {
+            if let Some(inode) = self.find(spot.0, &wanted, libc::S_IFREG)? {
+                let linked = self.places.link(&inode, spot.0)?;
+                self.places.put(&linked, spot)?;
+            } else if whole {
+                let (fresh, fd) = self.places.make_file(spot.0)?;
+                return Ok(Target::Fresh(fresh, fd));
+            } else {
+                self.again = true;
+                return Ok(Target::Skip);
+            }
         }
         match self.places.views[spot.0].open_at(&spot.1, OFlags::RDWR | OFlags::NOFOLLOW) {
             Ok(fd) => Ok(Target::InPlace(fd)),
