@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bed;
+pub mod bench;
 pub mod client;
 pub mod demo;
 pub mod e2e;

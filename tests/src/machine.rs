@@ -165,7 +165,8 @@ impl Machine {
         Ok(())
     }
 
-    fn run_dir(&self) -> String {
+    /// Where the agent keeps sockets: `guests/NAMESPACE/NAME/INCARNATION/control.sock` and others.
+    pub fn run_dir(&self) -> String {
         match &self.place {
             Place::Node(_) => "/run/understudy".to_owned(),
             Place::Here { .. } => self.netns.run_dir().join("us").display().to_string(),
@@ -272,6 +273,14 @@ impl Machine {
             }
         }
         Ok(())
+    }
+
+    /// What the agent has logged of a guest of the namespace `default`.
+    pub fn guest_log(&self, name: &str) -> Result<String> {
+        self.sh(&format!(
+            "cat {}",
+            self.path(&format!("{STATE}/logs/default/{name}/agent.log"))
+        ))
     }
 
     /// What `understudy-node status -o json` says.

@@ -5,9 +5,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use understudy_tests::bed::{Images, Stage, repository};
-use understudy_tests::demo;
-use understudy_tests::machine::Machine;
+use understudy_tests::bed::{Stage, repository};
+use understudy_tests::demo::{Chosen, run_with_logs};
 
 /// Reboots a serving Debian guest into its new kernel, then reboots it the ordinary way, and compares.
 #[derive(Parser)]
@@ -25,22 +24,10 @@ fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let binaries = Stage::binaries()?;
     let target = repository().join("target");
-    let why_not = match &arguments.node {
-        Some(name) => Some(format!("node VM {name} was asked for")),
-        None => Machine::why_not_here(&binaries)?,
-    };
-    // Held to the end: the node VM is ours alone meanwhile.
-    let stage;
-    let mut machine = match why_not {
-        None => Machine::here(&Images::build(&binaries, &[])?, &binaries)?,
-        Some(reason) => {
-            eprintln!("Not on this machine's /dev/kvm: {reason}");
-            eprintln!("In a node VM instead (QEMU, emulated SVM): slow, but real KVM.");
-            stage = Stage::set(arguments.node.as_deref().unwrap_or("node"), &binaries)?;
-            Machine::in_node(&stage, &binaries)
-        }
-    };
-    let outcome = demo::run_with_logs(&mut machine, &target.join("demo-logs"))?;
+    let mut chosen = Chosen::new(arguments.node.as_deref(), &binaries)?;
+    let outcome = run_with_logs(&mut chosen.machine, &target.join("demo-logs"), &mut |_, _, _| {
+        Ok(())
+    })?;
     let json = arguments.json.unwrap_or_else(|| target.join("demo.json"));
     std::fs::write(&json, serde_json::to_vec_pretty(&outcome)?)
         .with_context(|| format!("cannot write {}", json.display()))?;

@@ -2,6 +2,7 @@
 //! then, for comparison, rebooted the ordinary way.
 
 mod outcome;
+mod place;
 mod show;
 
 use std::io::{Read, Write};
@@ -13,13 +14,15 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 pub use outcome::Outcome;
+pub use place::Chosen;
 use show::Show;
 
 use crate::bed::wait_until;
 use crate::client::Report;
 use crate::machine::{LEDGER_PORT, Machine, condition_is};
 
-const GUEST: &str = "web";
+/// Name of the guest.
+pub const GUEST: &str = "web";
 const REBOOT: &str = "web-new-kernel";
 /// A guest boots in 30 s under emulation; twice that beside a busy machine; the rest is patience.
 const BOOT_LIMIT: Duration = Duration::from_secs(300);
@@ -68,8 +71,20 @@ spec:
     )
 }
 
+/// When a bench may look at the guest of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// The guest serves the client, and nothing else goes on yet.
+    Serving,
+    /// The seamless reboot has succeeded; the dormant incarnation is still there.
+    Rebooted,
+}
+
+/// What a bench does at these moments, with the machine and the guest's address.
+pub type Watch<'a> = &'a mut dyn FnMut(Moment, &Machine, &str) -> Result<()>;
+
 /// Runs the demo on a machine. Whatever fails is an error; the caller keeps the logs.
-pub fn run(machine: &mut Machine) -> Result<Outcome> {
+pub fn run(machine: &mut Machine, watch: Watch) -> Result<Outcome> {
     let started = Instant::now();
     let show = Show::new();
     let older = machine.images().older_kernel.clone();
@@ -116,6 +131,8 @@ pub fn run(machine: &mut Machine) -> Result<Outcome> {
     let step = show.step("The client outside begins: page and ledger, every 10 ms");
     let run = format!("demo-{}", std::process::id());
     let mut client = Running::start(machine, &address, &run)?;
+    client.mark("watch")?;
+    watch(Moment::Serving, machine, &address)?;
     client.mark("quiet")?;
     std::thread::sleep(QUIET);
     step.done("");
@@ -127,6 +144,7 @@ pub fn run(machine: &mut Machine) -> Result<Outcome> {
     let object = follow(machine, &show)?;
     let seamless = seamless.elapsed();
     client.mark("after")?;
+    watch(Moment::Rebooted, machine, &address)?;
     std::thread::sleep(QUIET);
     let after = guest_life(machine)?;
     ensure!(
@@ -306,8 +324,8 @@ impl Drop for Running {
 }
 
 /// Runs the demo and keeps every log in `logs` where it fails.
-pub fn run_with_logs(machine: &mut Machine, logs: &Path) -> Result<Outcome> {
-    let result = run(machine);
+pub fn run_with_logs(machine: &mut Machine, logs: &Path, watch: Watch) -> Result<Outcome> {
+    let result = run(machine, watch);
     if result.is_err() {
         match machine.collect_logs(logs) {
             Ok(()) => eprintln!("The logs of all parts are in {}", logs.display()),

@@ -1,0 +1,172 @@
+//! The table at the end of a bench.
+
+use std::fmt::Write as _;
+
+use super::Findings;
+use super::statistics::{Sample, duration};
+use crate::client::Seen;
+
+/// Interruption as a part of that of an ordinary reboot: at most this, and this in the end.
+const INTERRUPTION_NOW: f64 = 50.0;
+const INTERRUPTION_GOAL: f64 = 200.0;
+/// The guest's freeze against that of `fsfreeze -f; fsfreeze -u`: at most this.
+const FREEZE: f64 = 2.0;
+
+struct Row {
+    figure: String,
+    measured: String,
+    beside: String,
+    verdict: String,
+}
+
+impl Findings {
+    /// Where it ran, each figure with what it is compared with, and whether goals are reached.
+    pub fn table(&self) -> String {
+        let rows: Vec<Row> = [
+            self.interruption(),
+            self.disk_split(),
+            self.freeze(),
+            self.memory(),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
+        let width = |of: fn(&Row) -> &str| rows.iter().map(|row| of(row).chars().count()).max().unwrap_or(0);
+        let (figure, measured, beside) = (
+            width(|row| &row.figure),
+            width(|row| &row.measured),
+            width(|row| &row.beside),
+        );
+        let mut text = String::new();
+        let _ = writeln!(text, "Bench of {}, commit {}", self.date, self.commit);
+        let _ = writeln!(text, "  machine   {}", self.machine.describe());
+        if let Some(node) = &self.node {
+            let _ = writeln!(text, "  node VM   {}", node.describe());
+        }
+        let _ = writeln!(
+            text,
+            "  guest     {}, Debian 12, 1 vCPU, {} MiB, {} → {}",
+            self.reboots.machine,
+            self.memory.first().map_or(0, |m| m.guest_ram_size_kib >> 10),
+            self.reboots.kernel_before,
+            self.reboots.kernel_after
+        );
+        text.push('\n');
+        for row in rows {
+            let _ = writeln!(
+                text,
+                "  {:figure$}  {:measured$}  {:beside$}  {}",
+                row.figure, row.measured, row.beside, row.verdict
+            );
+        }
+        text
+    }
+
+    fn interruption(&self) -> Vec<Row> {
+        let phase = |name: &str| self.reboots.client.phases.get(name);
+        let (Some(seamless), Some(ordinary)) = (phase("seamless"), phase("ordinary")) else {
+            return Vec::new();
+        };
+        let row = |name: &str, seamless: &Seen, ordinary: &Seen| {
+            let times = ordinary.interruption_ms / seamless.interruption_ms.max(0.001);
+            Row {
+                figure: format!("interruption, client, {name}"),
+                measured: format!("seamless {}", duration(seamless.interruption_ms * 1e3)),
+                beside: format!("ordinary {}", duration(ordinary.interruption_ms * 1e3)),
+                verdict: format!(
+                    "1/{times:.0} (at most 1/{INTERRUPTION_NOW}: {}; goal 1/{INTERRUPTION_GOAL}: {})",
+                    reached(times >= INTERRUPTION_NOW),
+                    reached(times >= INTERRUPTION_GOAL)
+                ),
+            }
+        };
+        vec![
+            row("page", &seamless.page, &ordinary.page),
+            row("ledger", &seamless.ledger, &ordinary.ledger),
+        ]
+    }
+
+    fn disk_split(&self) -> Vec<Row> {
+        let [small, large] = &self.splits[..] else {
+            return Vec::new();
+        };
+        let place = if self.splits_in_node { "node VM" } else { "machine" };
+        let row = |what: &str, small: &Sample, large: &Sample| Row {
+            figure: format!("disk split, {what} ({place})"),
+            measured: format!("1 TiB {large}"),
+            beside: format!("1 GiB {small}"),
+            verdict: format!(
+                "{} (the same within noise: {})",
+                ratio(large.median_us, small.median_us),
+                reached(large.same_within_noise(small))
+            ),
+        };
+        let mut rows = vec![
+            row("requests held", &small.held, &large.held),
+            row("answered", &small.answered, &large.answered),
+            row("prepared before", &small.prepared, &large.prepared),
+        ];
+        if let Some(held) = self.serving_split_held_us {
+            rows.push(Row {
+                figure: "disk split, of the guest".to_owned(),
+                measured: format!("requests held {}", duration(held as f64)),
+                beside: String::new(),
+                verdict: "while it served".to_owned(),
+            });
+        }
+        rows
+    }
+
+    fn freeze(&self) -> Vec<Row> {
+        let Some(split) = self.reboots.split_freeze_us else {
+            return Vec::new();
+        };
+        let split = split as f64;
+        let commands = &self.bare_freeze.commands;
+        let ioctls = &self.bare_freeze.ioctls;
+        vec![
+            Row {
+                figure: "freeze of the guest for the split".to_owned(),
+                measured: duration(split),
+                beside: format!("fsfreeze -f; fsfreeze -u {commands}"),
+                verdict: format!(
+                    "{} (at most {FREEZE}: {})",
+                    ratio(split, commands.median_us),
+                    reached(split <= FREEZE * commands.median_us)
+                ),
+            },
+            Row {
+                figure: "the same".to_owned(),
+                measured: duration(split),
+                beside: format!("both ioctls alone {ioctls}"),
+                verdict: ratio(split, ioctls.median_us),
+            },
+        ]
+    }
+
+    fn memory(&self) -> Vec<Row> {
+        let mib = |kib: u64| kib as f64 / 1024.0;
+        self.memory
+            .iter()
+            .map(|m| Row {
+                figure: format!("VMM {}, {:?}, {}", m.incarnation, m.state, m.when),
+                measured: format!("unique {:.1} MiB beyond guest RAM", mib(m.unique_kib())),
+                beside: format!(
+                    "written {:.1}, program {:.1}, page tables {:.1} MiB more",
+                    mib(m.dirty_kib),
+                    mib(m.clean_kib),
+                    mib(m.page_tables_kib)
+                ),
+                verdict: format!("guest RAM {:.0} MiB in use", mib(m.guest_ram_kib)),
+            })
+            .collect()
+    }
+}
+
+fn ratio(measured: f64, beside: f64) -> String {
+    format!("{:.2} times", measured / beside.max(1.0))
+}
+
+fn reached(yes: bool) -> &'static str {
+    if yes { "yes" } else { "NO" }
+}

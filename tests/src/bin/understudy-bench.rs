@@ -1,0 +1,64 @@
+//! `make bench`: what it costs, measured in one run.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use understudy_tests::bed::{Stage, repository};
+use understudy_tests::bench::{self, split};
+use understudy_tests::demo::Chosen;
+
+/// Measures interruption, disk split, freeze and memory in one run, each beside what it is compared with.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// Use the node VM of this name even where this machine's KVM would do.
+    #[arg(long)]
+    node: Option<String>,
+    /// Where the findings are written as JSON; without it, a new file in target/bench.
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// How often splits and bare freezes are repeated.
+    #[arg(long, global = true, default_value_t = 25, value_parser = clap::value_parser!(u16).range(9..=1000))]
+    repetitions: u16,
+    #[command(subcommand)]
+    only: Option<Only>,
+}
+
+#[derive(Subcommand)]
+enum Only {
+    /// Measure the disk splits alone, on this machine, and print them as JSON.
+    Splits {
+        /// Where the sparse disks are made.
+        #[arg(long)]
+        dir: Option<PathBuf>,
+    },
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let binaries = Stage::binaries()?;
+    if let Some(Only::Splits { dir }) = arguments.only {
+        let dir = dir.unwrap_or_else(|| repository().join("target/bench"));
+        let splits = split::measure(
+            &binaries.join("understudy-vmm"),
+            &dir,
+            arguments.repetitions.into(),
+        )?;
+        println!("{}", serde_json::to_string_pretty(&splits)?);
+        return Ok(());
+    }
+    let dir = repository().join("target/bench");
+    let mut chosen = Chosen::new(arguments.node.as_deref(), &binaries)?;
+    let findings = bench::run(&mut chosen, arguments.repetitions.into(), &dir.join("logs"))?;
+    let json = arguments.json.unwrap_or_else(|| {
+        let when = findings.date.replace([' ', ':'], "-");
+        dir.join(format!("{when}-{}.json", findings.commit))
+    });
+    std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    std::fs::write(&json, serde_json::to_vec_pretty(&findings)?)
+        .with_context(|| format!("cannot write {}", json.display()))?;
+    println!("\n{}\n  also as JSON: {}", findings.table(), json.display());
+    Ok(())
+}
