@@ -37,6 +37,8 @@ pub struct Findings {
     pub machine: Nature,
     /// The node VM in which the guests ran, where it was one.
     pub node: Option<Nature>,
+    /// How often splits and bare freezes were repeated.
+    pub repetitions: usize,
     /// Splits of empty disks of several sizes.
     pub splits: Vec<Splits>,
     /// Whether they were measured in the node VM, and not on this machine.
@@ -93,6 +95,7 @@ pub fn run(chosen: &mut Chosen, repetitions: usize, logs: &Path) -> Result<Findi
         commit: nature::commit(&repository()),
         machine,
         node,
+        repetitions,
         splits,
         splits_in_node,
         serving_split_held_us: held_in(&chosen.machine.guest_log(GUEST)?),

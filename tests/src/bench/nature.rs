@@ -19,6 +19,8 @@ pub struct Nature {
     pub kernel: String,
     /// What its `/dev/kvm` is.
     pub kvm: String,
+    /// How many tasks wanted its processors in the minute before: figures of a busy machine are worth less.
+    pub load: f64,
 }
 
 /// Prints what [`Nature`] wants to know, a line each. `lscpu` knows no more than these files.
@@ -27,7 +29,8 @@ grep -m 1 'model name' /proc/cpuinfo | cut -d : -f 2
 awk '/^MemTotal:/ { print int($2 / 1024) }' /proc/meminfo
 uname -r
 [ -e /dev/kvm ] && echo kvm || echo none
-grep -m 1 -qw hypervisor /proc/cpuinfo && echo virtual || echo physical";
+grep -m 1 -qw hypervisor /proc/cpuinfo && echo virtual || echo physical
+cut -d ' ' -f 1 /proc/loadavg";
 
 impl Nature {
     /// Of this machine. `why_not` tells why its KVM cannot run stock kernels; `None` where it can.
@@ -51,7 +54,7 @@ impl Nature {
     pub fn of_node(run: impl FnOnce(&str) -> Result<String>) -> Result<Nature> {
         Self::read(&run(QUESTIONS)?, |there, _| {
             match there {
-                true => "real, on processors with SVM that QEMU emulates (TCG)",
+                true => "real, on processors with SVM that QEMU emulates",
                 false => "none",
             }
             .to_owned()
@@ -60,8 +63,8 @@ impl Nature {
 
     fn read(answers: &str, kvm: impl FnOnce(bool, bool) -> String) -> Result<Nature> {
         let lines: Vec<&str> = answers.lines().map(str::trim).collect();
-        let [cores, processor, memory, kernel, there, level] = lines[..] else {
-            bail!("the machine should tell six things of itself and said: {answers}");
+        let [cores, processor, memory, kernel, there, level, load] = lines[..] else {
+            bail!("the machine should tell seven things of itself and said: {answers}");
         };
         Ok(Nature {
             cores: cores.parse().with_context(|| format!("nproc said {cores}"))?,
@@ -71,15 +74,19 @@ impl Nature {
                 .with_context(|| format!("/proc/meminfo said {memory}"))?,
             kernel: kernel.to_owned(),
             kvm: kvm(there == "kvm", level == "virtual"),
+            load: load
+                .parse()
+                .with_context(|| format!("/proc/loadavg said {load}"))?,
         })
     }
 
     /// In a line.
     pub fn describe(&self) -> String {
         format!(
-            "{} cores ({}), {:.1} GiB, Linux {}, KVM: {}",
+            "{} cores ({}), load {:.1} at the start, {:.1} GiB, Linux {}, KVM {}",
             self.cores,
             self.processor,
+            self.load,
             self.memory_mib as f64 / 1024.0,
             self.kernel,
             self.kvm

@@ -59,15 +59,15 @@ impl Sample {
     }
 }
 
+/// The median, and in brackets what the middle half fills.
 impl fmt::Display for Sample {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} (middle half {} to {}, n = {})",
+            "{} [{} .. {}]",
             duration(self.median_us),
             duration(self.lower_us),
-            duration(self.upper_us),
-            self.count
+            duration(self.upper_us)
         )
     }
 }

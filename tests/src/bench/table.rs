@@ -45,19 +45,24 @@ impl Findings {
         }
         let _ = writeln!(
             text,
-            "  guest     {}, Debian 12, 1 vCPU, {} MiB, {} → {}",
+            "  guest     {}: Debian 12, 1 vCPU, {} MiB, {} → {}",
             self.reboots.machine,
             self.memory.first().map_or(0, |m| m.guest_ram_size_kib >> 10),
             self.reboots.kernel_before,
             self.reboots.kernel_after
         );
+        let _ = writeln!(
+            text,
+            "  medians   of {}, in brackets what the middle half of them fills",
+            self.repetitions
+        );
         text.push('\n');
         for row in rows {
-            let _ = writeln!(
-                text,
+            let line = format!(
                 "  {:figure$}  {:measured$}  {:beside$}  {}",
                 row.figure, row.measured, row.beside, row.verdict
             );
+            let _ = writeln!(text, "{}", line.trim_end());
         }
         text
     }
@@ -70,11 +75,11 @@ impl Findings {
         let row = |name: &str, seamless: &Seen, ordinary: &Seen| {
             let times = ordinary.interruption_ms / seamless.interruption_ms.max(0.001);
             Row {
-                figure: format!("interruption, client, {name}"),
+                figure: format!("interruption, {name}"),
                 measured: format!("seamless {}", duration(seamless.interruption_ms * 1e3)),
                 beside: format!("ordinary {}", duration(ordinary.interruption_ms * 1e3)),
                 verdict: format!(
-                    "1/{times:.0} (at most 1/{INTERRUPTION_NOW}: {}; goal 1/{INTERRUPTION_GOAL}: {})",
+                    "1/{times:.0}  at most 1/{INTERRUPTION_NOW}: {}, goal 1/{INTERRUPTION_GOAL}: {}",
                     reached(times >= INTERRUPTION_NOW),
                     reached(times >= INTERRUPTION_GOAL)
                 ),
@@ -83,6 +88,15 @@ impl Findings {
         vec![
             row("page", &seamless.page, &ordinary.page),
             row("ledger", &seamless.ledger, &ordinary.ledger),
+            Row {
+                figure: "the same, by the agent".to_owned(),
+                measured: format!(
+                    "seamless {}",
+                    duration(self.reboots.interruption_agent_ms as f64 * 1e3)
+                ),
+                beside: String::new(),
+                verdict: String::new(),
+            },
         ]
     }
 
@@ -90,28 +104,32 @@ impl Findings {
         let [small, large] = &self.splits[..] else {
             return Vec::new();
         };
-        let place = if self.splits_in_node { "node VM" } else { "machine" };
+        let place = if self.splits_in_node {
+            "in the node VM"
+        } else {
+            "on the machine"
+        };
         let row = |what: &str, small: &Sample, large: &Sample| Row {
-            figure: format!("disk split, {what} ({place})"),
+            figure: format!("disk split, {what}"),
             measured: format!("1 TiB {large}"),
             beside: format!("1 GiB {small}"),
             verdict: format!(
-                "{} (the same within noise: {})",
+                "{}  the same within noise: {}, {place}",
                 ratio(large.median_us, small.median_us),
                 reached(large.same_within_noise(small))
             ),
         };
         let mut rows = vec![
-            row("requests held", &small.held, &large.held),
+            row("held", &small.held, &large.held),
             row("answered", &small.answered, &large.answered),
             row("prepared before", &small.prepared, &large.prepared),
         ];
         if let Some(held) = self.serving_split_held_us {
             rows.push(Row {
-                figure: "disk split, of the guest".to_owned(),
-                measured: format!("requests held {}", duration(held as f64)),
+                figure: "disk split, serving guest".to_owned(),
+                measured: format!("held {}", duration(held as f64)),
                 beside: String::new(),
-                verdict: "while it served".to_owned(),
+                verdict: String::new(),
             });
         }
         rows
@@ -126,11 +144,11 @@ impl Findings {
         let ioctls = &self.bare_freeze.ioctls;
         vec![
             Row {
-                figure: "freeze of the guest for the split".to_owned(),
+                figure: "freeze for the split".to_owned(),
                 measured: duration(split),
-                beside: format!("fsfreeze -f; fsfreeze -u {commands}"),
+                beside: format!("fsfreeze -f; -u  {commands}"),
                 verdict: format!(
-                    "{} (at most {FREEZE}: {})",
+                    "{}  at most {FREEZE}: {}",
                     ratio(split, commands.median_us),
                     reached(split <= FREEZE * commands.median_us)
                 ),
@@ -138,7 +156,7 @@ impl Findings {
             Row {
                 figure: "the same".to_owned(),
                 measured: duration(split),
-                beside: format!("both ioctls alone {ioctls}"),
+                beside: format!("its ioctls alone {ioctls}"),
                 verdict: ratio(split, ioctls.median_us),
             },
         ]
@@ -149,22 +167,22 @@ impl Findings {
         self.memory
             .iter()
             .map(|m| Row {
-                figure: format!("VMM {}, {:?}, {}", m.incarnation, m.state, m.when),
-                measured: format!("unique {:.1} MiB beyond guest RAM", mib(m.unique_kib())),
+                figure: format!("VMM {}, {:?}", m.incarnation, m.state),
+                measured: format!("{:.1} MiB beyond guest RAM", mib(m.unique_kib())),
                 beside: format!(
-                    "written {:.1}, program {:.1}, page tables {:.1} MiB more",
+                    "written {:.1}, program {:.1}; page tables {:.1} more",
                     mib(m.dirty_kib),
                     mib(m.clean_kib),
                     mib(m.page_tables_kib)
                 ),
-                verdict: format!("guest RAM {:.0} MiB in use", mib(m.guest_ram_kib)),
+                verdict: format!("guest RAM {:.0} MiB, {}", mib(m.guest_ram_kib), m.when),
             })
             .collect()
     }
 }
 
 fn ratio(measured: f64, beside: f64) -> String {
-    format!("{:.2} times", measured / beside.max(1.0))
+    format!("x {:.2}", measured / beside.max(1.0))
 }
 
 fn reached(yes: bool) -> &'static str {

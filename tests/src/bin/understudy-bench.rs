@@ -34,20 +34,32 @@ enum Only {
         #[arg(long)]
         dir: Option<PathBuf>,
     },
+    /// Print the table of an earlier run again.
+    Show {
+        /// What that run wrote.
+        json: PathBuf,
+    },
 }
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let binaries = Stage::binaries()?;
-    if let Some(Only::Splits { dir }) = arguments.only {
-        let dir = dir.unwrap_or_else(|| repository().join("target/bench"));
-        let splits = split::measure(
-            &binaries.join("understudy-vmm"),
-            &dir,
-            arguments.repetitions.into(),
-        )?;
-        println!("{}", serde_json::to_string_pretty(&splits)?);
-        return Ok(());
+    match arguments.only {
+        Some(Only::Splits { dir }) => {
+            let dir = dir.unwrap_or_else(|| repository().join("target/bench"));
+            let vmm = binaries.join("understudy-vmm");
+            let splits = split::measure(&vmm, &dir, arguments.repetitions.into())?;
+            println!("{}", serde_json::to_string_pretty(&splits)?);
+            return Ok(());
+        }
+        Some(Only::Show { json }) => {
+            let text = std::fs::read(&json).with_context(|| format!("cannot read {}", json.display()))?;
+            let findings: bench::Findings = serde_json::from_slice(&text)
+                .with_context(|| format!("{} is not what a bench wrote", json.display()))?;
+            print!("{}", findings.table());
+            return Ok(());
+        }
+        None => {}
     }
     let dir = repository().join("target/bench");
     let mut chosen = Chosen::new(arguments.node.as_deref(), &binaries)?;
