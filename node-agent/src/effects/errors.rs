@@ -64,7 +64,7 @@ impl Side {
         }
     }
 
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Side::Guest => "the guest",
             Side::Clone => "the clone",

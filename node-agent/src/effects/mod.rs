@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use understudy_api::Guest;
 use understudy_api::reboot::Remains;
+use understudy_vmm_control::api::VmState;
 use understudy_vmm_control::client::Client;
 use understudy_vmm_control::owner::Owner;
 
@@ -110,6 +111,29 @@ impl World {
         self.agent(operation.clone_incarnation(), Side::Clone)
     }
 
+    /// What failed, seen again: where a guest has crashed its VMM lives on, to tell why, and whatever is asked
+    /// of it fails in one way or another. Trying again is no use then.
+    fn unless_stopped<T>(&self, operation: &Operation, result: Effected<T>) -> Effected<T> {
+        let error = match result {
+            Err(error) if matches!(error.kind, ErrorKind::Retry | ErrorKind::Refused) => error,
+            other => return other,
+        };
+        let sides = [
+            (operation.guest_incarnation(), Side::Guest),
+            (operation.clone_incarnation(), Side::Clone),
+        ];
+        for (incarnation, side) in sides {
+            if let Ok((_, instance)) = self.instance(incarnation, side)
+                && let Ok(info) = instance.client().info()
+                && info.state == VmState::Exited
+            {
+                let why = info.exit_reason.unwrap_or_default();
+                return Err(side.gone(format!("{} has stopped: {why}", side.name())));
+            }
+        }
+        Err(error)
+    }
+
     /// A client for requests that wait for requests in flight, flush or copy.
     fn slow(instance: &Instance) -> Client {
         Client::new(&instance.control, Duration::from_secs(60))
@@ -158,11 +182,13 @@ impl Effects for World {
     }
 
     fn confirm(&mut self, operation: &Operation) -> Effected<()> {
-        self.do_confirm(operation)
+        let result = self.do_confirm(operation);
+        self.unless_stopped(operation, result)
     }
 
     fn prepare_split(&mut self, operation: &Operation) -> Effected<()> {
-        self.do_prepare_split(operation)
+        let result = self.do_prepare_split(operation);
+        self.unless_stopped(operation, result)
     }
 
     fn prepare_clone(&mut self, operation: &Operation) -> Effected<()> {
@@ -170,11 +196,13 @@ impl Effects for World {
     }
 
     fn split(&mut self, operation: &Operation) -> Effected<SplitOutcome> {
-        self.do_split(operation)
+        let result = self.do_split(operation);
+        self.unless_stopped(operation, result)
     }
 
     fn boot_clone(&mut self, operation: &Operation) -> Effected<()> {
-        self.do_boot_clone(operation)
+        let result = self.do_boot_clone(operation);
+        self.unless_stopped(operation, result)
     }
 
     fn await_clone_boot(&mut self, operation: &Operation) -> Effected<Option<CloneBoot>> {
@@ -182,27 +210,33 @@ impl Effects for World {
     }
 
     fn integrate(&mut self, operation: &Operation, last: bool, deadline: Option<Moment>) -> Effected<Round> {
-        self.do_integrate(operation, last, deadline)
+        let result = self.do_integrate(operation, last, deadline);
+        self.unless_stopped(operation, result)
     }
 
     fn hold_ingress(&mut self, operation: &Operation, lease_ms: u64) -> Effected<()> {
-        self.do_hold_ingress(operation, lease_ms)
+        let result = self.do_hold_ingress(operation, lease_ms);
+        self.unless_stopped(operation, result)
     }
 
     fn freeze_userland(&mut self, operation: &Operation, lease_ms: u64) -> Effected<Remains> {
-        self.do_freeze_userland(operation, lease_ms)
+        let result = self.do_freeze_userland(operation, lease_ms);
+        self.unless_stopped(operation, result)
     }
 
     fn seal(&mut self, operation: &Operation, lease_ms: u64) -> Effected<Sealed> {
-        self.do_seal(operation, lease_ms)
+        let result = self.do_seal(operation, lease_ms);
+        self.unless_stopped(operation, result)
     }
 
     fn count_dirty(&mut self, operation: &Operation) -> Effected<u64> {
-        self.do_count_dirty(operation)
+        let result = self.do_count_dirty(operation);
+        self.unless_stopped(operation, result)
     }
 
     fn pause(&mut self, operation: &Operation, lease_ms: u64) -> Effected<()> {
-        self.do_pause(operation, lease_ms)
+        let result = self.do_pause(operation, lease_ms);
+        self.unless_stopped(operation, result)
     }
 
     fn commit(&mut self, operation: &Operation) -> Effected<()> {

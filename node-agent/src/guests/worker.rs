@@ -112,10 +112,12 @@ impl Worker {
         let current = owner
             .as_ref()
             .and_then(|owner| self.node.instances.get(&resolved.uid, owner.incarnation));
-        let running = current.filter(Instance::is_alive);
         // While an operation is in flight its engine alone starts and ends VMMs of this guest.
         let in_flight = self.node.in_flight(&self.key);
         let busy = in_flight.is_some();
+        let running = current
+            .filter(Instance::is_alive)
+            .filter(|instance| busy || !self.reap(&resolved, instance));
         if !busy
             && let Err(error) = self
                 .maintenance
@@ -178,6 +180,26 @@ impl Worker {
             &Seen::down(GuestPhase::Failed, reasons::INVALID_SPEC, message),
         );
         false
+    }
+
+    /// Ends the VMM of a guest that has stopped by itself (a crash leaves the process, to tell why); `true`
+    /// when it did.
+    fn reap(&self, resolved: &Resolved, instance: &Instance) -> bool {
+        let Ok(info) = instance.client().info() else {
+            return false;
+        };
+        if info.state != VmState::Exited {
+            return false;
+        }
+        let why = info.exit_reason.unwrap_or_default();
+        tracing::warn!(guest = %self.key, incarnation = instance.incarnation, why, "the guest has stopped by itself");
+        match end_process(&self.node, resolved, instance) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::error!(guest = %self.key, %error, "ending its VMM");
+                false
+            }
+        }
     }
 
     fn observe(&mut self, guest: &Guest, resolved: &Resolved, instance: &Instance, quiet: bool) -> Seen {
