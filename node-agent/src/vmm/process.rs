@@ -88,16 +88,43 @@ fn start_time(pid: u32) -> Option<u64> {
     // The name may hold anything, so fields are counted after its closing parenthesis.
     let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
     let state = fields.next()?;
-    if state == "Z" || state == "X" {
+    let threads: u64 = fields.nth(16)?.parse().ok()?;
+    // A main thread is a zombie at once when it is killed; until the last of the others has ended as well,
+    // its files are open and its locks are held.
+    if (state == "Z" || state == "X") && threads <= 1 {
         return None;
     }
-    fields.nth(18)?.parse().ok()
+    fields.nth(1)?.parse().ok()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::process::Command;
+
+    #[test]
+    fn a_process_whose_main_thread_has_ended_lives_as_long_as_the_others() {
+        // The main thread leaves by the system call `exit` (60), which ends no other; that one reads on.
+        let program = "threads->create(sub { <STDIN> })->detach; syscall(60, 0)";
+        let mut child = Command::new("perl")
+            .args(["-Mthreads", "-e", program])
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let process = Process::of(child.id()).unwrap();
+        let stat = format!("/proc/{}/stat", child.id());
+        let deadline = std::time::Instant::now() + Duration::from_secs(60);
+        while !fs::read_to_string(&stat).unwrap().contains(") Z ") {
+            assert!(
+                std::time::Instant::now() < deadline,
+                "the main thread did not end"
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert!(process.is_alive());
+        assert!(process.kill(Duration::from_secs(60)));
+        child.wait().unwrap();
+    }
 
     #[test]
     fn a_process_is_killed_and_a_later_one_with_its_number_is_spared() {
