@@ -403,9 +403,9 @@ impl Journal for HaltingJournal {
     }
 }
 
-/// Fault injection for tests: where the file `<stateDir>/halt-at` holds `STEP:before` or `STEP:after`, the
-/// agent kills itself (SIGKILL) there, once: before the step's effect, or after it and before anything is
-/// recorded of it. The file is removed first.
+/// Fault injection for tests: the file `<stateDir>/halt-at` holds lines `STEP:before` or `STEP:after`. Where
+/// one names the step at hand, the agent takes that line out and kills itself (SIGKILL): before the step's
+/// effect, or after it and before anything is recorded of it.
 struct HaltAt {
     file: PathBuf,
     current: Step,
@@ -434,11 +434,18 @@ impl HaltAt {
         let Ok(text) = std::fs::read_to_string(&self.file) else {
             return;
         };
-        if text.trim() != format!("{step:?}:{when}") {
+        let point = format!("{step:?}:{when}");
+        let (here, others): (Vec<&str>, Vec<&str>) = text.lines().partition(|line| line.trim() == point);
+        if here.is_empty() {
             return;
         }
-        tracing::error!(?step, when, "halting, as {} asks", self.file.display());
-        let _ = crate::durable::remove(&self.file);
+        let rest: String = others.iter().map(|line| format!("{line}\n")).collect();
+        if let Err(error) = crate::durable::replace(&self.file, rest.as_bytes()) {
+            // Not to be killed again and again by the same line.
+            tracing::error!(%error, "not halting");
+            return;
+        }
+        tracing::error!(?step, when, file = %self.file.display(), "halting, as the file asks");
         let me = rustix::process::getpid();
         let _ = rustix::process::kill_process(me, rustix::process::Signal::KILL);
     }

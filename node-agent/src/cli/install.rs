@@ -90,6 +90,8 @@ fn unit_text(program: &Path, config: &Path) -> String {
         "[Unit]
 Description=Understudy node agent
 After=local-fs.target network.target
+# Whatever ends it, it comes back: operations in flight and guests wait for it.
+StartLimitIntervalSec=0
 
 [Service]
 Type=notify
