@@ -2,9 +2,10 @@
 //! tells what it saw.
 //!
 //! Open loop: a request is due at its tick whether or not the one before was answered, so that an
-//! interruption cannot hide behind a client that politely waits. A connection that is idle is used again;
-//! while none is, a new one is opened. What a guest that goes away has received and will never answer
-//! therefore delays that one request alone.
+//! interruption cannot hide behind a client that politely waits. Requests go down one connection, one
+//! behind the other; where it breaks they have failed and a new one is opened, as a load balancer does.
+//! What cannot be answered in time has failed and is not tried again: a backlog would measure the guest's
+//! throughput instead of its silence.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::{self, ErrorKind, Read, Write};
@@ -19,10 +20,15 @@ use serde::{Deserialize, Serialize};
 pub const TICK: Duration = Duration::from_millis(10);
 /// An answer later than this after its tick is late.
 pub const LATE: Duration = Duration::from_millis(100);
-/// A request that is not answered after this has failed; its line is sent again.
+/// A request that is not answered this long after its tick has failed, and a connection on which nothing came
+/// for so long while an answer was owed is given up.
 const GIVE_UP: Duration = Duration::from_secs(2);
-/// Most connections to one service at a time.
-const MAX_CONNECTIONS: usize = 64;
+/// A connection that takes longer is given up for a new one: the kernel's own next try would wait a second.
+const CONNECT_LIMIT: Duration = Duration::from_millis(500);
+/// Pause after a connection was refused.
+const CONNECT_PAUSE: Duration = Duration::from_millis(50);
+/// Requests down one connection: a server may end it after a thousand, as nginx does.
+const MAX_REQUESTS: u32 = 900;
 
 /// What the client saw of one service in one phase of a run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -80,9 +86,25 @@ struct Due {
     line: u64,
 }
 
+impl Due {
+    fn is_over(&self, now: Instant) -> bool {
+        now.duration_since(self.tick) > GIVE_UP
+    }
+}
+
 struct Connection {
     stream: TcpStream,
-    request: Option<(Due, Instant)>,
+    opened: Instant,
+    /// Something was written to it: it is established.
+    established: bool,
+    /// Requests given to it so far.
+    requests: u32,
+    /// When something came, or the first request was given to it after all were answered.
+    heard: Instant,
+    /// Those that wait for their answers, oldest first.
+    waiting: VecDeque<Due>,
+    /// How many of them, from the oldest, have failed already and hold up nobody but those behind them.
+    overdue: usize,
     outgoing: Vec<u8>,
     incoming: Vec<u8>,
 }
@@ -97,6 +119,7 @@ struct Load {
     queue: VecDeque<Due>,
     connections: BTreeMap<usize, Connection>,
     next_token: usize,
+    not_before: Instant,
     acknowledged: BTreeSet<u64>,
     seen: Seen,
     delays_us: Vec<u64>,
@@ -114,6 +137,7 @@ impl Load {
             queue: VecDeque::new(),
             connections: BTreeMap::new(),
             next_token: if service == Service::Page { 0 } else { 1 },
+            not_before: now,
             acknowledged: BTreeSet::new(),
             seen: Seen::default(),
             delays_us: Vec::new(),
@@ -132,58 +156,61 @@ impl Load {
             self.next_tick += TICK;
             self.seen.sent += 1;
         }
-        let expired: Vec<usize> = self
+        let hopeless: Vec<usize> = self
             .connections
             .iter()
             .filter(|(_, c)| {
-                c.request
-                    .is_some_and(|(_, sent)| now.duration_since(sent) > GIVE_UP)
+                let silent = !c.waiting.is_empty() && now.duration_since(c.heard) > GIVE_UP;
+                silent || !c.established && now.duration_since(c.opened) > CONNECT_LIMIT
             })
             .map(|(token, _)| *token)
             .collect();
-        for token in expired {
-            self.fail(token);
+        for token in hopeless {
+            self.fail(token, now);
         }
-        while let Some(due) = self.queue.front().copied() {
-            let idle = self
-                .connections
-                .iter()
-                .find(|(_, c)| c.request.is_none())
-                .map(|(token, _)| *token);
-            let token = match idle {
-                Some(token) => token,
-                None if self.connections.len() < MAX_CONNECTIONS => match self.connect(poll) {
-                    Ok(token) => token,
-                    Err(_) => {
-                        self.refuse(due);
-                        continue;
-                    }
-                },
-                None => break,
-            };
+        for connection in self.connections.values_mut() {
+            let late = connection.waiting.iter().skip(connection.overdue);
+            let late = late.take_while(|due| due.is_over(now)).count();
+            connection.overdue += late;
+            self.seen.failed += late as u64;
+        }
+        while self.queue.front().is_some_and(|due| due.is_over(now)) {
             self.queue.pop_front();
+            self.seen.failed += 1;
+        }
+        if self.queue.is_empty() {
+            return;
+        }
+        // The newest; older ones only wait for what they still owe.
+        let newest = self.connections.iter().next_back();
+        let token = match newest.filter(|(_, c)| c.requests < MAX_REQUESTS) {
+            Some((token, _)) => *token,
+            None if now < self.not_before => return,
+            None => match self.connect(poll, now) {
+                Ok(token) => token,
+                Err(_) => {
+                    self.not_before = now + CONNECT_PAUSE;
+                    return;
+                }
+            },
+        };
+        self.drive(token, now);
+        // Only an established connection gets requests, so that one that never comes costs none.
+        if !self.connections.get(&token).is_some_and(|c| c.established) {
+            return;
+        }
+        while let Some(due) = self.queue.pop_front() {
             let text = self.request(due);
             if let Some(connection) = self.connections.get_mut(&token) {
-                connection.request = Some((due, now));
-                connection.outgoing = text;
+                connection.requests += 1;
+                if connection.waiting.is_empty() {
+                    connection.heard = now;
+                }
+                connection.waiting.push_back(due);
+                connection.outgoing.extend_from_slice(&text);
             }
-            self.drive(token, now);
         }
-    }
-
-    /// A request that could not even be tried.
-    fn refuse(&mut self, due: Due) {
-        self.queue.pop_front();
-        self.seen.failed += 1;
-        self.again(due);
-    }
-
-    /// A line is owed until it is acknowledged; a page that failed is gone.
-    fn again(&mut self, due: Due) {
-        if self.service == Service::Ledger {
-            self.seen.sent += 1;
-            self.queue.push_back(due);
-        }
+        self.drive(token, now);
     }
 
     fn request(&self, due: Due) -> Vec<u8> {
@@ -193,7 +220,7 @@ impl Load {
         }
     }
 
-    fn connect(&mut self, poll: &Poll) -> io::Result<usize> {
+    fn connect(&mut self, poll: &Poll, now: Instant) -> io::Result<usize> {
         let mut stream = TcpStream::connect(self.address)?;
         let token = self.next_token;
         self.next_token += 2;
@@ -201,7 +228,12 @@ impl Load {
             .register(&mut stream, Token(token), Interest::READABLE | Interest::WRITABLE)?;
         let connection = Connection {
             stream,
-            request: None,
+            opened: now,
+            established: false,
+            requests: 0,
+            heard: now,
+            waiting: VecDeque::new(),
+            overdue: 0,
             outgoing: Vec::new(),
             incoming: Vec::new(),
         };
@@ -209,13 +241,13 @@ impl Load {
         Ok(token)
     }
 
-    /// Ends a connection; the request on it has failed.
-    fn fail(&mut self, token: usize) {
-        if let Some(connection) = self.connections.remove(&token)
-            && let Some((due, _)) = connection.request
-        {
-            self.seen.failed += 1;
-            self.again(due);
+    /// Ends a connection; the requests on it have failed.
+    fn fail(&mut self, token: usize, now: Instant) {
+        if let Some(connection) = self.connections.remove(&token) {
+            self.seen.failed += (connection.waiting.len() - connection.overdue) as u64;
+            if !connection.established {
+                self.not_before = now + CONNECT_PAUSE;
+            }
         }
     }
 
@@ -224,26 +256,32 @@ impl Load {
         let Some(connection) = self.connections.get_mut(&token) else {
             return;
         };
-        match exchange(connection, self.service) {
-            Ok(None) => {}
-            Ok(Some(good)) => {
-                let request = connection.request.take();
-                if !good {
-                    connection.request = request;
-                    self.fail(token);
-                } else if let Some((due, _)) = request {
-                    self.answered(due, now);
-                }
-            }
-            Err(_) => self.fail(token),
+        let (answers, end) = exchange(connection, self.service);
+        if answers > 0 {
+            connection.heard = now;
+        }
+        let answered: Vec<Due> = connection.waiting.drain(..answers).collect();
+        let overdue = connection.overdue.min(answers);
+        connection.overdue -= overdue;
+        let spent = connection.requests >= MAX_REQUESTS && connection.waiting.is_empty();
+        for (place, due) in answered.into_iter().enumerate() {
+            self.answered(due, now, place < overdue);
+        }
+        if end.is_err() {
+            self.fail(token, now);
+        } else if spent {
+            self.connections.remove(&token);
         }
     }
 
-    fn answered(&mut self, due: Due, now: Instant) {
+    /// `overdue`: it has failed before, and is told as that; a line is on disk all the same.
+    fn answered(&mut self, due: Due, now: Instant, overdue: bool) {
         let delay = now.duration_since(due.tick);
-        self.seen.answered += 1;
-        self.delays_us.push(delay.as_micros() as u64);
-        if delay > LATE {
+        if !overdue {
+            self.seen.answered += 1;
+            self.delays_us.push(delay.as_micros() as u64);
+        }
+        if delay > LATE && !overdue {
             self.seen.late += 1;
         }
         if let Some(last) = self.last_answer {
@@ -273,17 +311,50 @@ impl Load {
     }
 }
 
-/// `Ok(None)`: not yet; `Ok(Some(true))`: answered as it should be.
-fn exchange(connection: &mut Connection, service: Service) -> io::Result<Option<bool>> {
+/// How many requests were answered as they should be, at most as many as wait; an error where the connection
+/// is at its end or an answer is wrong.
+fn exchange(connection: &mut Connection, service: Service) -> (usize, io::Result<()>) {
+    let end = transfer(connection);
+    let mut answers = 0;
+    while answers < connection.waiting.len() {
+        let (end, start): (_, &[u8]) = match service {
+            Service::Page => (page_end(&connection.incoming), b"HTTP/1.1 200 "),
+            Service::Ledger => {
+                let newline = connection.incoming.iter().position(|b| *b == b'\n');
+                (newline.map(|at| at + 1), b"ok ")
+            }
+        };
+        let Some(end) = end else { break };
+        if !connection.incoming.starts_with(start) {
+            return (answers, Err(ErrorKind::InvalidData.into()));
+        }
+        connection.incoming.drain(..end);
+        answers += 1;
+    }
+    (answers, end)
+}
+
+/// Writes and reads what can be written and read now.
+fn transfer(connection: &mut Connection) -> io::Result<()> {
+    if !connection.established {
+        if let Some(error) = connection.stream.take_error()? {
+            return Err(error);
+        }
+        match connection.stream.peer_addr() {
+            Ok(_) => connection.established = true,
+            Err(e) if e.kind() == ErrorKind::NotConnected => return Ok(()),
+            Err(e) => return Err(e),
+        }
+        // Requests are small and shall not wait for each other.
+        connection.stream.set_nodelay(true)?;
+    }
     while !connection.outgoing.is_empty() {
         match connection.stream.write(&connection.outgoing) {
             Ok(0) => return Err(ErrorKind::WriteZero.into()),
             Ok(n) => {
                 connection.outgoing.drain(..n);
             }
-            Err(e) if e.kind() == ErrorKind::WouldBlock || e.kind() == ErrorKind::NotConnected => {
-                return Ok(None);
-            }
+            Err(e) if e.kind() == ErrorKind::WouldBlock => break,
             Err(e) => return Err(e),
         }
     }
@@ -292,28 +363,13 @@ fn exchange(connection: &mut Connection, service: Service) -> io::Result<Option<
         match connection.stream.read(&mut buffer) {
             Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
             Ok(n) => connection.incoming.extend_from_slice(&buffer[..n]),
-            Err(e) if e.kind() == ErrorKind::WouldBlock || e.kind() == ErrorKind::NotConnected => break,
+            Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
             Err(e) => return Err(e),
         }
         if connection.incoming.len() > 1 << 20 {
             return Err(ErrorKind::InvalidData.into());
         }
     }
-    let end = match service {
-        Service::Page => page_end(&connection.incoming),
-        Service::Ledger => connection
-            .incoming
-            .iter()
-            .position(|b| *b == b'\n')
-            .map(|at| at + 1),
-    };
-    let Some(end) = end else { return Ok(None) };
-    let good = match service {
-        Service::Page => connection.incoming.starts_with(b"HTTP/1.1 200 "),
-        Service::Ledger => connection.incoming.starts_with(b"ok "),
-    };
-    connection.incoming.drain(..end);
-    Ok(Some(good))
 }
 
 /// End of a complete HTTP answer with a `Content-Length`.

@@ -1,7 +1,7 @@
 //! The ledger: lines that are acknowledged once they are on disk.
 //!
 //! It stands for any program that promises durability. One line a request over TCP; the answer `ok N`
-//! (N: lines held) comes only after an `fsync` that covers the line. One `fsync` serves all who
+//! (N: the line's number) comes only after an `fsync` that covers the line. One `fsync` serves all who
 //! wait for it. `count` answers the number of lines, `dump` all of them and then the connection ends.
 
 use std::fs::{File, OpenOptions};
@@ -71,17 +71,16 @@ impl Ledger {
         })
     }
 
-    /// Appends a line (without its newline) and returns the number of lines once it is on disk.
-    pub fn append(&self, line: &str) -> io::Result<u64> {
+    /// Appends whole lines and returns the number of the last one once all of them are on disk.
+    pub fn append(&self, text: &str) -> io::Result<u64> {
         let mut state = self.lock();
-        let text = format!("{line}\n");
         if let Err(error) = (&self.file).write_all(text.as_bytes()) {
             // Half a line must not become the beginning of the next one.
             self.file.set_len(state.length)?;
             return Err(error);
         }
         state.length += text.len() as u64;
-        state.written += 1;
+        state.written += text.matches('\n').count() as u64;
         let mine = state.written;
         while state.durable < mine {
             if state.failed {
@@ -126,28 +125,48 @@ impl Ledger {
     fn talk(&self, path: &Path, stream: &TcpStream) -> io::Result<()> {
         stream.set_nodelay(true)?;
         let mut reader = BufReader::new(stream);
-        let mut line = String::new();
+        let mut lines = String::new();
         loop {
-            line.clear();
-            if reader.by_ref().take(MAX_LINE).read_line(&mut line)? == 0 {
-                return Ok(());
-            }
-            let Some(text) = line.strip_suffix('\n') else {
-                return (&*stream).write_all(b"error line is too long or not ended\n");
-            };
-            let answer = match text {
-                "count" => format!("{}\n", self.count()),
-                "dump" => {
+            lines.clear();
+            // All that have come together are made durable together.
+            while lines.is_empty() || reader.buffer().contains(&b'\n') {
+                let start = lines.len();
+                if reader.by_ref().take(MAX_LINE).read_line(&mut lines)? == 0 {
+                    return Ok(());
+                }
+                if !lines.ends_with('\n') {
+                    return (&*stream).write_all(b"error line is too long or not ended\n");
+                }
+                let question = ["count\n", "dump\n"].contains(&&lines[start..]);
+                if !question {
+                    continue;
+                }
+                let question = lines.split_off(start);
+                self.take(&mut lines, stream)?;
+                if question == "dump\n" {
                     io::copy(&mut File::open(path)?, &mut &*stream)?;
                     return Ok(());
                 }
-                _ => match self.append(text) {
-                    Ok(number) => format!("ok {number}\n"),
-                    Err(error) => format!("error {error}\n"),
-                },
-            };
-            (&*stream).write_all(answer.as_bytes())?;
+                (&*stream).write_all(format!("{}\n", self.count()).as_bytes())?;
+            }
+            self.take(&mut lines, stream)?;
         }
+    }
+
+    /// Appends the lines, answers each of them, and clears them.
+    fn take(&self, lines: &mut String, mut stream: &TcpStream) -> io::Result<()> {
+        let count = lines.matches('\n').count() as u64;
+        if count == 0 {
+            return Ok(());
+        }
+        let answer: String = match self.append(lines) {
+            Ok(last) => (last - count + 1..=last)
+                .map(|number| format!("ok {number}\n"))
+                .collect(),
+            Err(error) => format!("error {error}\n").repeat(count as usize),
+        };
+        lines.clear();
+        stream.write_all(answer.as_bytes())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -205,7 +224,7 @@ mod tests {
         let path = dir.path().join("ledger.txt");
         std::fs::write(&path, "a 1\na 2\na 3 torn").unwrap();
         let ledger = Ledger::open(&path).unwrap();
-        assert_eq!(ledger.append("a 3").unwrap(), 3);
+        assert_eq!(ledger.append("a 3\n").unwrap(), 3);
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "a 1\na 2\na 3\n");
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
