@@ -6,11 +6,13 @@ use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use crate::bed::{Node, Ssh, Stage, repository};
+use crate::machine::Machine;
 use anyhow::{Context as _, Result, anyhow};
 
 /// One run of the tests, on one stage.
 pub struct Run {
     stage: Stage,
+    binaries: PathBuf,
     dir: PathBuf,
 }
 
@@ -18,6 +20,8 @@ pub struct Run {
 pub struct Context<'run> {
     /// The node, images and binaries.
     pub stage: &'run Stage,
+    /// The directory of static binaries.
+    pub binaries: PathBuf,
     /// A directory on the node for this test alone, empty at its start; kept until its next run. Text
     /// files in it are collected when the test fails.
     pub dir: String,
@@ -45,14 +49,15 @@ impl Run {
     /// Sets the stage: images, node, binaries.
     pub fn prepare() -> Result<Self> {
         let node = std::env::var("UNDERSTUDY_NODE").unwrap_or_else(|_| "node".to_owned());
-        let stage = Stage::set(&node, &Stage::binaries()?)?;
+        let binaries = Stage::binaries()?;
+        let stage = Stage::set(&node, &binaries)?;
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .context("the clock is before 1970")?;
         let dir = repository()
             .join("target/e2e")
             .join(format!("{}-{}", now.as_secs(), std::process::id()));
-        Ok(Self { stage, dir })
+        Ok(Self { stage, binaries, dir })
     }
 
     /// Runs one test; what went on is collected when it fails.
@@ -75,6 +80,7 @@ impl Run {
         ))?;
         let context = Context {
             stage: &self.stage,
+            binaries: self.binaries.clone(),
             dir,
             started: Instant::now(),
         };
@@ -97,11 +103,8 @@ impl Run {
         let dir = self.dir.join(name);
         fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         let node = &self.stage.node;
-        fs::copy(node.console_log(), dir.join("node-console.log"))
-            .context("cannot copy the node's console log")?;
         let ssh = node.ssh();
         for (file, line) in [
-            ("node-journal.log", "journalctl -b --no-pager -o short-precise"),
             ("node-processes.log", "ps axfww -o pid,ppid,stat,rss,args"),
             ("node-network.log", "ip -d addr; bridge link; bridge fdb"),
             (
@@ -111,6 +114,7 @@ impl Run {
         ] {
             fs::write(dir.join(file), ssh.output(line)?.stdout)?;
         }
+        Machine::in_node(&self.stage, &self.binaries).collect_logs(&dir.join("agent"))?;
         let files = dir.join("files");
         fs::create_dir_all(&files)?;
         let tar = ssh

@@ -7,4 +7,5 @@ pub mod client;
 pub mod demo;
 pub mod e2e;
 pub mod ledger;
+pub mod load;
 pub mod machine;

@@ -249,6 +249,34 @@ impl Machine {
         }
     }
 
+    /// Has the agent kill itself at these points, `STEP:before` or `STEP:after`, once at each.
+    pub fn halt_at(&self, points: &[&str]) -> Result<()> {
+        let file = self.path(&format!("{STATE}/halt-at"));
+        self.sh(&format!("printf '%s\\n' {} >{file}", points.join(" ")))?;
+        Ok(())
+    }
+
+    /// The points of [`Machine::halt_at`] at which the agent has not been killed.
+    pub fn halts_left(&self) -> Result<Vec<String>> {
+        let text = self.sh(&format!("cat {}", self.path(&format!("{STATE}/halt-at"))))?;
+        Ok(text.lines().map(str::to_owned).collect())
+    }
+
+    /// Deletes every SeamlessReboot, its manifest first.
+    pub fn forget_reboots(&self) -> Result<()> {
+        let manifests = self.path(MANIFESTS);
+        self.sh(&format!(
+            "cd {manifests} && grep -l 'kind: SeamlessReboot' *.yaml | xargs -r rm --"
+        ))?;
+        let status = self.status()?;
+        let items = status["items"].as_array().cloned().unwrap_or_default();
+        for object in items.iter().filter(|object| object["kind"] == "SeamlessReboot") {
+            let name = object["metadata"]["name"].as_str().unwrap_or_default();
+            self.sh(&self.agent_command(&format!("delete seamlessreboot {name}")))?;
+        }
+        Ok(())
+    }
+
     /// Puts a fresh copy of the guest image where a Guest of the namespace `default` finds it as `name`.
     pub fn place_disk(&self, name: &str) -> Result<()> {
         let target = self.path(&format!("{STATE}/disks/default/{name}"));
@@ -384,8 +412,9 @@ impl Machine {
                 }
             }
             Place::Here { .. } => {
+                // Disks are not logs.
                 self.sh(&format!(
-                    "cp -r {}/* {}/ 2>/dev/null || true",
+                    "cd {} && find agent.log logs operations objects -type f -size -4M -exec cp --parents -t {} {{}} +",
                     self.path(STATE),
                     to.display()
                 ))?;

@@ -5,9 +5,7 @@ mod outcome;
 mod place;
 mod show;
 
-use std::io::{Read, Write};
 use std::path::Path;
-use std::process::Child;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -18,7 +16,7 @@ pub use place::Chosen;
 use show::Show;
 
 use crate::bed::wait_until;
-use crate::client::Report;
+use crate::load::Load;
 use crate::machine::{LEDGER_PORT, Machine, condition_is};
 
 /// Name of the guest.
@@ -130,7 +128,7 @@ pub fn run(machine: &mut Machine, watch: Watch) -> Result<Outcome> {
 
     let step = show.step("The client outside begins: page and ledger, every 10 ms");
     let run = format!("demo-{}", std::process::id());
-    let mut client = Running::start(machine, &address, &run)?;
+    let mut client = Load::start(machine, &address, &run)?;
     client.mark("watch")?;
     watch(Moment::Serving, machine, &address)?;
     client.mark("quiet")?;
@@ -221,7 +219,7 @@ fn guest_life(machine: &Machine) -> Result<Life> {
 }
 
 /// Installs the package that waits in the guest's own cache, as its administrator would.
-fn install_kernel(machine: &Machine, address: &str) -> Result<()> {
+pub fn install_kernel(machine: &Machine, address: &str) -> Result<()> {
     let guest = machine.guest(address);
     let line = format!(
         "DEBIAN_FRONTEND=noninteractive timeout {} dpkg -i {} 2>&1",
@@ -276,51 +274,6 @@ fn follow(machine: &Machine, show: &Show) -> Result<Value> {
         );
     }
     Ok(object)
-}
-
-/// The client process.
-struct Running {
-    child: Child,
-}
-
-impl Running {
-    fn start(machine: &Machine, address: &str, run: &str) -> Result<Running> {
-        Ok(Running {
-            child: machine.client(address, run)?,
-        })
-    }
-
-    fn say(&mut self, line: &str) -> Result<()> {
-        let stdin = self
-            .child
-            .stdin
-            .as_mut()
-            .context("the client takes no more commands")?;
-        writeln!(stdin, "{line}").context("the client has ended")
-    }
-
-    fn mark(&mut self, phase: &str) -> Result<()> {
-        self.say(&format!("mark {phase}"))
-    }
-
-    fn finish(mut self) -> Result<Report> {
-        self.say("finish")?;
-        drop(self.child.stdin.take());
-        let mut text = String::new();
-        if let Some(stdout) = self.child.stdout.as_mut() {
-            stdout.read_to_string(&mut text)?;
-        }
-        let status = self.child.wait()?;
-        ensure!(status.success(), "the client failed ({status})");
-        serde_json::from_str(&text).context("the client's report")
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 /// Runs the demo and keeps every log in `logs` where it fails.

@@ -4,7 +4,10 @@
 //! Plain `cargo test` shows them as ignored, since they need root and a node: `UNDERSTUDY_E2E=1` is
 //! what `make` sets.
 
+mod guest;
+mod handover;
 mod node;
+mod refusals;
 mod vmm;
 
 use std::process::ExitCode;
@@ -21,6 +24,19 @@ type Test = (&'static str, fn(&Context) -> anyhow::Result<()>);
 const TESTS: &[Test] = &[
     ("node_vm_has_real_kvm", node::node_vm_has_real_kvm),
     ("vmm_boots_stock_debian", vmm::vmm_boots_stock_debian),
+    (
+        "a_guest_that_asks_is_rebooted_into_its_new_kernel_while_it_serves",
+        handover::a_guest_that_asks_is_rebooted_into_its_new_kernel_while_it_serves,
+    ),
+    (
+        "a_clone_that_does_not_come_up_costs_nothing",
+        handover::a_clone_that_does_not_come_up_costs_nothing,
+    ),
+    ("what_cannot_work_says_why", refusals::what_cannot_work_says_why),
+    (
+        "the_agent_may_die_at_every_step",
+        handover::the_agent_may_die_at_every_step,
+    ),
 ];
 
 fn main() -> ExitCode {
