@@ -9,6 +9,9 @@ use crate::bed::{Node, Ssh, Stage, repository};
 use crate::machine::Machine;
 use anyhow::{Context as _, Result, anyhow};
 
+/// How often a test is begun at most: see [`Machine::emulator_lost_a_guest`].
+const TRIES: u32 = 3;
+
 /// One run of the tests, on one stage.
 pub struct Run {
     stage: Stage,
@@ -60,15 +63,35 @@ impl Run {
         Ok(Self { stage, binaries, dir })
     }
 
-    /// Runs one test; what went on is collected when it fails.
+    /// Runs one test; what went on is collected when it fails. One in which the emulated processor lost a guest
+    /// is run again, and says so.
     pub fn test(&self, name: &str, test: fn(&Context) -> Result<()>) -> Result<(), String> {
-        self.run(name, test).map_err(|error| {
-            let logs = match self.collect(name) {
+        let mut tries = 1;
+        loop {
+            let Err(error) = self.run(name, test) else {
+                return Ok(());
+            };
+            let logs = match self.collect(&format!("{name}-{tries}")) {
                 Ok(dir) => format!("logs: {}", dir.display()),
                 Err(error) => format!("logs could not be collected: {error:#}"),
             };
-            format!("{error:#}\n{logs}")
-        })
+            if tries < TRIES && self.start_over() {
+                tries += 1;
+                eprintln!(
+                    "    the emulated processor lost a guest (triple fault): once more, try {tries} of {TRIES}; {logs}"
+                );
+                continue;
+            }
+            return Err(format!("{error:#}\n{logs}"));
+        }
+    }
+
+    /// Whether the emulated processor lost a guest; then whatever the agent has is cleared away.
+    fn start_over(&self) -> bool {
+        let mut machine = Machine::in_node(&self.stage, &self.binaries);
+        machine
+            .emulator_lost_a_guest()
+            .is_ok_and(|lost| lost && machine.clear().is_ok())
     }
 
     fn run(&self, name: &str, test: fn(&Context) -> Result<()>) -> Result<()> {

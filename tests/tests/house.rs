@@ -164,6 +164,23 @@ fn a_file_is_read_in_one_sitting() {
 }
 
 #[test]
+fn the_engine_knows_no_kubernetes_client_no_process_and_no_socket() {
+    for file in rust_files(&root().join("node-agent/src/handover")) {
+        let text = fs::read_to_string(&file).expect("readable");
+        for word in [
+            "kube::",
+            "process::Command",
+            "std::net",
+            "unix::net",
+            "control::client",
+            "crate::store",
+        ] {
+            assert!(!text.contains(word), "{} knows {word}", file.display());
+        }
+    }
+}
+
+#[test]
 fn each_promise_that_is_reached_names_tests_that_exist() {
     let promises = fs::read_to_string(root().join("tests/PROMISES.md")).expect("tests/PROMISES.md");
     let mut sources = String::new();

@@ -313,6 +313,9 @@ impl Worker {
             };
             return Seen::down(phase, reason, message);
         }
+        if let Err(error) = self.release_from_dormant(resolved) {
+            return Seen::down(GuestPhase::Failed, reasons::START_FAILED, error.to_string());
+        }
         match cold_boot(&self.node, resolved) {
             Ok(instance) => {
                 self.told = None;
@@ -336,6 +339,16 @@ impl Worker {
                 Seen::down(phase, reason, message)
             }
         }
+    }
+
+    /// A dormant incarnation keeps the guest's tap, to give it back: a guest that is started anew needs it.
+    fn release_from_dormant(&self, resolved: &Resolved) -> Result<(), Box<dyn std::error::Error>> {
+        let Some(dormant) = self.node.records.dormant(&resolved.uid)? else {
+            return Ok(());
+        };
+        let owner = Owner::read(&resolved.state_dir())?;
+        super::maintenance::remove_dormant(&self.node, resolved, owner.as_ref(), &dormant)?;
+        Ok(())
     }
 
     fn failed(&mut self) {

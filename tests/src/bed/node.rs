@@ -15,9 +15,8 @@ use super::{GATEWAY, Images, NetNs, Qmp, Ssh, cache_dir, wait_until};
 const BOOT_LIMIT: Duration = Duration::from_secs(480);
 const STOP_LIMIT: Duration = Duration::from_secs(90);
 const POLL: Duration = Duration::from_millis(200);
-/// The emulated processor. Without cmpxchg16b, which QEMU 7.2 emulates under SVM in a way that loses
-/// guests now and then (triple faults, counters that never come back to zero). A page table of four
-/// levels instead of five, twice so when nested, and no SMAP are sooner emulated.
+/// The emulated processor. Without cmpxchg16b, on which QEMU 7.2 double-faults with newer kernels. A page table
+/// of four levels instead of five, twice so when nested, and no SMAP are sooner emulated.
 const CPU: &str = "max,+svm,-cx16,-la57,-smap";
 
 /// What a node is made like.
@@ -35,7 +34,10 @@ pub struct NodeOptions {
 impl Default for NodeOptions {
     fn default() -> Self {
         Self {
-            cpus: 2,
+            cpus: std::env::var("X_CPUS")
+                .ok()
+                .and_then(|v| v.parse().ok())
+                .unwrap_or(2),
             memory_mib: 3072,
             durable: false,
         }

@@ -26,6 +26,8 @@ const REBOOT: &str = "web-new-kernel";
 const BOOT_LIMIT: Duration = Duration::from_secs(300);
 const REBOOT_LIMIT: Duration = Duration::from_secs(900);
 const INSTALL_LIMIT: Duration = Duration::from_secs(600);
+/// How often a run is begun at most: see [`Machine::emulator_lost_a_guest`].
+const TRIES: u32 = 3;
 /// How long the client runs before and after, to see what is usual.
 const QUIET: Duration = Duration::from_secs(10);
 
@@ -276,14 +278,23 @@ fn follow(machine: &Machine, show: &Show) -> Result<Value> {
     Ok(object)
 }
 
-/// Runs the demo and keeps every log in `logs` where it fails.
+/// Runs the demo and keeps every log in `logs` where it fails. A run in which the emulated processor lost a
+/// guest is begun anew, and says so.
 pub fn run_with_logs(machine: &mut Machine, logs: &Path, watch: Watch) -> Result<Outcome> {
-    let result = run(machine, watch);
-    if result.is_err() {
+    let mut tries = 1;
+    loop {
+        let result = run(machine, &mut *watch);
+        if result.is_ok() {
+            return result;
+        }
         match machine.collect_logs(logs) {
             Ok(()) => eprintln!("The logs of all parts are in {}", logs.display()),
             Err(error) => eprintln!("The logs could not be collected: {error:#}"),
         }
+        if tries == TRIES || !machine.emulator_lost_a_guest()? {
+            return result;
+        }
+        tries += 1;
+        eprintln!("\nThe emulated processor lost a guest (triple fault). Once more, try {tries} of {TRIES}.");
     }
-    result
 }

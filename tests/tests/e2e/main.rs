@@ -29,8 +29,8 @@ const TESTS: &[Test] = &[
         handover::a_guest_that_asks_is_rebooted_into_its_new_kernel_while_it_serves,
     ),
     (
-        "a_clone_that_does_not_come_up_costs_nothing",
-        handover::a_clone_that_does_not_come_up_costs_nothing,
+        "a_clone_that_panics_or_stays_silent_costs_nothing",
+        handover::a_clone_that_panics_or_stays_silent_costs_nothing,
     ),
     ("what_cannot_work_says_why", refusals::what_cannot_work_says_why),
     (
