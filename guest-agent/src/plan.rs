@@ -88,6 +88,29 @@ struct Folder {
     young: bool,
 }
 
+/// The path of a directory that is open; `None` where it lies outside of the part of its file system that is
+/// mounted: then nobody in the guest sees it, and no path leads there on the clone.
+fn reachable_path(view: &View, fd: &OwnedFd, handle: &Handle) -> io::Result<Option<Vec<u8>>> {
+    let mut path = view::path_of(fd)?;
+    let mut misses = 0;
+    for _ in 0..100 {
+        match view.open_at(&path, OFlags::PATH | OFlags::DIRECTORY) {
+            Ok(found) if handle::handle_of(&found, c"")? == *handle => return Ok(Some(path)),
+            Ok(_) => {}
+            Err(error) if is_absent(&error) => {}
+            Err(error) => return Err(error),
+        }
+        // It may be moving, and even have come back in between.
+        let now = view::path_of(fd)?;
+        misses = if now == path { misses + 1 } else { 0 };
+        if misses == 3 {
+            return Ok(None);
+        }
+        path = now;
+    }
+    Ok(Some(path))
+}
+
 struct Planner<'a> {
     views: &'a [Arc<View>],
     skip: &'a [Spot],
@@ -107,15 +130,13 @@ impl Planner<'_> {
         let Some(folder) = self.folder(fs, handle)? else {
             return Ok(());
         };
-        for (name, mark) in names {
-            if name.is_empty() {
-                self.directory(&folder, mark.change)?;
-                continue;
-            }
+        let its_own = names.get(&b""[..]).map(|mark| mark.change);
+        let renewed = names.values().any(|mark| mark.change.structural);
+        if let Some(change) = its_own.or(renewed.then(Change::default)) {
+            self.directory(&folder, change)?;
+        }
+        for (name, mark) in names.iter().filter(|(name, _)| !name.is_empty()) {
             self.name(&folder, name, mark.change)?;
-            if mark.change.structural {
-                self.directory(&folder, Change::default())?;
-            }
         }
         Ok(())
     }
@@ -131,7 +152,9 @@ impl Planner<'_> {
             return Ok(None);
         }
         let born = (stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec);
-        let path = view::path_of(&fd)?;
+        let Some(path) = reachable_path(view, &fd, handle)? else {
+            return Ok(None);
+        };
         Ok(Some(Folder {
             fs,
             handle: handle.clone(),

@@ -389,3 +389,30 @@ fn a_hole_at_the_end_of_a_file_stays_one() {
     round(&capture, &importer, 0, true);
     pair.assert_equal();
 }
+
+#[test]
+fn what_lies_outside_of_the_part_that_is_mounted_is_not_waited_for() {
+    if !is_root() {
+        return;
+    }
+    let pair = Pair::new(|root| sh(root, "mkdir -p part/inner outside; echo base > part/inner/f"));
+    let part = tempfile::tempdir().unwrap();
+    let at = part.path().to_str().unwrap();
+    root::run(
+        "mount",
+        &["--bind", pair.guest.join("part").to_str().unwrap(), at],
+    );
+    let mut view = understudy_guest::view::View::open(part.path()).unwrap();
+    view.mount_point = "/".into();
+    let capture = understudy_guest::export::Capture::begin("operation-1", Some(vec![view])).unwrap();
+    sh(
+        &pair.guest,
+        "echo more > outside/f; mkdir outside/d; mv outside/d outside/e; touch outside",
+    );
+    let outside = count(&capture, 0);
+    sh(part.path(), "echo more >> inner/f");
+    let inside = count(&capture, 0);
+    drop(capture);
+    root::run("umount", &["-l", at]);
+    assert_eq!((outside, inside), (0, 1));
+}
