@@ -430,7 +430,8 @@ pub enum Imported {
 /// What an import did.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Applied {
-    /// The round.
+    /// Last round that was applied whole: this one; or an earlier one, and then the rounds after it have to
+    /// be sent again.
     pub round: u64,
     /// Entries applied.
     pub entries: u64,
