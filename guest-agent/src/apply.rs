@@ -454,9 +454,11 @@ impl<'a> Applier<'a> {
         if let Some(found) = self.places.look(spot)? {
             // What the clone did to it before is settled.
             self.touched.forget(spot.0, &found.handle);
+            let key = (spot.0, found.handle);
             if is_kind(&found.stat, libc::S_IFREG) {
-                self.memory.sizes.insert((spot.0, found.handle), size);
+                self.memory.sizes.insert(key.clone(), size);
             }
+            self.memory.settled.insert(key, changed_at(&found.stat));
         }
         Ok(())
     }
@@ -491,10 +493,14 @@ impl<'a> Applier<'a> {
 
     /// Whether the clone itself changed what is at `spot`, since its boot and since we wrote it.
     fn clone_changed(&self, spot: &Spot, found: &Found) -> bool {
-        let ctime = (found.stat.stx_ctime.tv_sec, found.stat.stx_ctime.tv_nsec);
+        let ctime = changed_at(&found.stat);
         let this_boot = ctime >= self.settings.since;
         match self.touched.is_touched(spot.0, &found.handle) {
-            Some(true) => true,
+            // A descriptor that is only closed changes nothing; it may even be ours, closed by a child.
+            Some(true) => {
+                let key = (spot.0, found.handle.clone());
+                self.memory.settled.get(&key) != Some(&ctime)
+            }
             // Early in the boot nobody watched yet.
             Some(false) => {
                 this_boot
@@ -559,6 +565,10 @@ impl<'a> Applier<'a> {
 enum Small {
     Symlink(Vec<u8>),
     Special(u64),
+}
+
+fn changed_at(stat: &rustix::fs::Statx) -> (i64, u32) {
+    (stat.stx_ctime.tv_sec, stat.stx_ctime.tv_nsec)
 }
 
 fn guest_handle(meta: &Meta) -> Handle {

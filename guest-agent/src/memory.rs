@@ -24,6 +24,9 @@ pub struct Memory {
     /// Sizes of the guest's versions of what the import wrote, by the clone's inode: in a joined log the
     /// clone's own tail begins there.
     pub sizes: HashMap<(usize, Handle), u64>,
+    /// When inodes were last changed (ctime) as the import left them.
+    #[serde(default)]
+    pub settled: HashMap<(usize, Handle), (i64, u32)>,
     /// Where the guest's active journal files are kept: (file system, handle) to path.
     pub journals: HashMap<(usize, Handle), Vec<u8>>,
     /// Directories of the guest of which the clone has no copy, and which were asked for nevertheless.

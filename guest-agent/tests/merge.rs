@@ -391,6 +391,23 @@ fn a_hole_at_the_end_of_a_file_stays_one() {
 }
 
 #[test]
+fn a_file_that_the_clone_only_opened_is_not_one_that_it_changed() {
+    if !is_root() {
+        return;
+    }
+    let pair = Pair::new(|root| sh(root, "echo base > a"));
+    let (capture, importer) = (pair.capture(), pair.importer());
+    sh(&pair.guest, "echo 1 > a");
+    let (_, first) = round(&capture, &importer, 0, false);
+    sh(&pair.clone, ": >> a");
+    sh(&pair.guest, "echo 2 > a");
+    let (end, second) = round(&capture, &importer, first.round, true);
+    assert_eq!(second.round, end.round);
+    assert!(second.conflicts.is_empty(), "{:?}", second.conflicts);
+    assert_eq!(read(pair.clone.join("a")), "2\n");
+}
+
+#[test]
 fn what_lies_outside_of_the_part_that_is_mounted_is_not_waited_for() {
     if !is_root() {
         return;
