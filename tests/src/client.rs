@@ -16,7 +16,7 @@ use mio::net::TcpStream;
 use mio::{Events, Interest, Poll, Token};
 use serde::{Deserialize, Serialize};
 
-/// Time between two requests to one service.
+/// Time between two requests to one service, unless told otherwise.
 pub const TICK: Duration = Duration::from_millis(10);
 /// An answer later than this after its tick is late.
 pub const LATE: Duration = Duration::from_millis(100);
@@ -114,6 +114,7 @@ struct Load {
     service: Service,
     address: SocketAddr,
     run: String,
+    every: Duration,
     next_tick: Instant,
     next_line: u64,
     queue: VecDeque<Due>,
@@ -127,11 +128,12 @@ struct Load {
 }
 
 impl Load {
-    fn new(service: Service, address: SocketAddr, run: &str, now: Instant) -> Load {
+    fn new(service: Service, address: SocketAddr, run: &str, every: Duration, now: Instant) -> Load {
         Load {
             service,
             address,
             run: run.to_owned(),
+            every,
             next_tick: now,
             next_line: 1,
             queue: VecDeque::new(),
@@ -153,7 +155,7 @@ impl Load {
                 line: self.next_line,
             });
             self.next_line += 1;
-            self.next_tick += TICK;
+            self.next_tick += self.every;
             self.seen.sent += 1;
         }
         let hopeless: Vec<usize> = self
@@ -395,14 +397,15 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client of `page` (HTTP) and `ledger`; `run` marks its lines and has no white space.
-    pub fn new(page: SocketAddr, ledger: SocketAddr, run: &str) -> io::Result<Client> {
+    /// A client of `page` (HTTP) and `ledger`, `every` being the time between two requests to one of them; `run`
+    /// marks its lines and has no white space.
+    pub fn new(page: SocketAddr, ledger: SocketAddr, run: &str, every: Duration) -> io::Result<Client> {
         let now = Instant::now();
         Ok(Client {
             poll: Poll::new()?,
             loads: [
-                Load::new(Service::Page, page, run, now),
-                Load::new(Service::Ledger, ledger, run, now),
+                Load::new(Service::Page, page, run, every, now),
+                Load::new(Service::Ledger, ledger, run, every, now),
             ],
             report: Report::default(),
             phase: "start".to_owned(),
@@ -545,7 +548,7 @@ mod tests {
     fn an_interruption_is_seen_and_every_line_is_found() {
         let ms = Duration::from_millis;
         let (page, ledger) = serve(ms(200)..ms(600), None);
-        let mut client = Client::new(page, ledger, "run").unwrap();
+        let mut client = Client::new(page, ledger, "run", TICK).unwrap();
         client.run_until(Instant::now() + ms(1000)).unwrap();
         client.mark("after");
         client.run_until(Instant::now() + ms(300)).unwrap();
@@ -566,7 +569,7 @@ mod tests {
     #[test]
     fn a_lost_line_is_named() {
         let (page, ledger) = serve(Duration::ZERO..Duration::ZERO, Some(7));
-        let mut client = Client::new(page, ledger, "run").unwrap();
+        let mut client = Client::new(page, ledger, "run", TICK).unwrap();
         client
             .run_until(Instant::now() + Duration::from_millis(300))
             .unwrap();

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::process::Child;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
@@ -14,10 +15,11 @@ pub struct Load {
 }
 
 impl Load {
-    /// Starts it against the guest at `address`; `run` marks its lines in the ledger.
-    pub fn start(machine: &Machine, address: &str, run: &str) -> Result<Load> {
+    /// Starts it against the guest at `address`, with a request to each service `every` so often; `run` marks its
+    /// lines in the ledger.
+    pub fn start(machine: &Machine, address: &str, run: &str, every: Duration) -> Result<Load> {
         Ok(Load {
-            child: machine.client(address, run)?,
+            child: machine.client(address, run, every)?,
         })
     }
 

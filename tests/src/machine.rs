@@ -272,7 +272,11 @@ impl Machine {
     /// The points of [`Machine::halt_at`] at which the agent has not been killed.
     pub fn halts_left(&self) -> Result<Vec<String>> {
         let text = self.sh(&format!("cat {}", self.path(&format!("{STATE}/halt-at"))))?;
-        Ok(text.lines().map(str::to_owned).collect())
+        Ok(text
+            .lines()
+            .filter(|line| !line.is_empty())
+            .map(str::to_owned)
+            .collect())
     }
 
     /// Deletes every SeamlessReboot, its manifest first.
@@ -390,12 +394,12 @@ impl Machine {
     }
 
     /// Starts the client outside against the guest at `address`.
-    pub fn client(&self, address: &str, run: &str) -> Result<Child> {
+    pub fn client(&self, address: &str, run: &str, every: Duration) -> Result<Child> {
         self.netns
             .command(self.binaries.join("understudy-client"))
             .args(["--page", &format!("{address}:80")])
             .args(["--ledger", &format!("{address}:{LEDGER_PORT}")])
-            .args(["--run", run])
+            .args(["--run", run, "--every", &every.as_millis().to_string()])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use understudy_tests::client::Client;
+use understudy_tests::client::{Client, TICK};
 
-/// Asks for a page and appends a line to a ledger every 10 ms, and tells what it saw.
+/// Asks for a page and appends a line to a ledger again and again, and tells what it saw.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
@@ -26,6 +26,9 @@ struct Arguments {
     /// Marks this run's lines in the ledger; no white space.
     #[arg(long)]
     run: String,
+    /// Milliseconds between two requests to one of them.
+    #[arg(long, default_value_t = TICK.as_millis() as u64)]
+    every: u64,
 }
 
 fn main() -> Result<()> {
@@ -38,7 +41,13 @@ fn main() -> Result<()> {
             }
         }
     });
-    let mut client = Client::new(arguments.page, arguments.ledger, &arguments.run).context("starting")?;
+    let mut client = Client::new(
+        arguments.page,
+        arguments.ledger,
+        &arguments.run,
+        Duration::from_millis(arguments.every.max(1)),
+    )
+    .context("starting")?;
     loop {
         client
             .run_until(Instant::now() + Duration::from_millis(20))

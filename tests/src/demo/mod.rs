@@ -16,6 +16,7 @@ pub use place::Chosen;
 use show::Show;
 
 use crate::bed::wait_until;
+use crate::client::TICK;
 use crate::load::Load;
 use crate::machine::{LEDGER_PORT, Machine, condition_is};
 
@@ -130,7 +131,7 @@ pub fn run(machine: &mut Machine, watch: Watch) -> Result<Outcome> {
 
     let step = show.step("The client outside begins: page and ledger, every 10 ms");
     let run = format!("demo-{}", std::process::id());
-    let mut client = Load::start(machine, &address, &run)?;
+    let mut client = Load::start(machine, &address, &run, TICK)?;
     client.mark("watch")?;
     watch(Moment::Serving, machine, &address)?;
     client.mark("quiet")?;

@@ -64,6 +64,7 @@ impl Guest {
         if !serves {
             return Guest::fresh(context);
         }
+        machine.halt_at(&[])?;
         machine.forget_reboots()?;
         machine.start_agent()?;
         let guest = Guest::reached(machine)?;

@@ -16,6 +16,9 @@ use crate::guest::{GUEST, Guest};
 /// A clone boots in a minute beside its busy guest under emulation.
 const REBOOT_LIMIT: Duration = Duration::from_secs(900);
 const QUIET: Duration = Duration::from_secs(5);
+/// The client's requests: often enough to see what happens, seldom enough that an emulated guest has time for
+/// something else.
+const OFTEN: Duration = Duration::from_millis(50);
 
 /// Steps before the commit point: the agent dies before and after each of them. Not here: `Split`, whose
 /// outcome a new agent does not trust, and what holds the guest, which is taken back each time, of which
@@ -107,7 +110,7 @@ pub fn a_guest_that_asks_is_rebooted_into_its_new_kernel_while_it_serves(context
         Ok(condition_is(object, "RebootRequired", "True").then_some(()))
     })?;
     context.say("the newer kernel waits for a reboot");
-    let mut load = Load::start(machine, &guest.address, "asked")?;
+    let mut load = Load::start(machine, &guest.address, "asked", OFTEN)?;
     load.mark("reboot")?;
     let boot_id = guest.status("bootID")?;
     let said = guest
@@ -161,7 +164,12 @@ pub fn a_guest_that_asks_is_rebooted_into_its_new_kernel_while_it_serves(context
 pub fn the_agent_may_die_at_every_step(context: &Context) -> Result<()> {
     let guest = Guest::running(context)?;
     let machine = &guest.machine;
-    let mut load = Load::start(machine, &guest.address, &format!("killed-{}", std::process::id()))?;
+    let mut load = Load::start(
+        machine,
+        &guest.address,
+        &format!("killed-{}", std::process::id()),
+        OFTEN,
+    )?;
 
     // A split that nobody can vouch for ends the reboot, and costs the guest nothing.
     let boot_id = guest.status("bootID")?;
@@ -239,7 +247,12 @@ pub fn the_agent_may_die_at_every_step(context: &Context) -> Result<()> {
 pub fn a_clone_that_panics_or_stays_silent_costs_nothing(context: &Context) -> Result<()> {
     let guest = Guest::running(context)?;
     let machine = &guest.machine;
-    let load = Load::start(machine, &guest.address, &format!("panic-{}", std::process::id()))?;
+    let load = Load::start(
+        machine,
+        &guest.address,
+        &format!("panic-{}", std::process::id()),
+        OFTEN,
+    )?;
     let boot_id = guest.status("bootID")?;
     let initrd = "initrd=$(ls -v /boot/initrd.img-* | tail -n 1)";
 
