@@ -39,7 +39,7 @@ const BAD_GUESTS: [Bad; 6] = [
         name: "too-much-memory",
         source: "blank.img",
         more: "cpus: 1\n  memory: 512Gi\n  boot: {fromDisk: {}}",
-        words: &["memory", "MiB"],
+        words: &["spec.memory", "ask for less"],
     },
     Bad {
         name: "too-many-cpus",
@@ -57,7 +57,7 @@ const BAD_GUESTS: [Bad; 6] = [
         name: "no-file-system",
         source: "blank.img",
         more: "cpus: 1\n  memory: 256Mi\n  boot: {fromDisk: {}}",
-        words: &["blank.img", "ext4"],
+        words: &["boot.fromDisk", "disk root"],
     },
 ];
 
@@ -160,9 +160,9 @@ fn control_requests(context: &Context, machine: &Machine) -> Result<()> {
         ("http://vmm/v1/nothing", "404", "nothing"),
         ("-X PUT -d '{' http://vmm/v1/hold", "400", "line 1"),
         (
-            "-X PUT -d '{\"gates\":[\"receive\"]}' http://vmm/v1/hold",
+            "-X PUT -d '{\"receive\":true}' http://vmm/v1/hold",
             "400",
-            "lease",
+            "leaseMs",
         ),
         ("-X PUT -d '{}' http://vmm/v1/disks/absent/merge", "404", "absent"),
     ] {
