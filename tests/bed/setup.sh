@@ -50,28 +50,6 @@ if ((${#missing[@]})); then
     step "apt-get install" apt-get -q install -y --no-install-recommends "${missing[@]}"
 fi
 
-# Debian 12's own QEMU (7.2) loses a guest now and then when two run under the SVM that it emulates; the
-# one in Debian's backports does not, and is faster. The machine's own sources stay as they are.
-qemu_major() { qemu-system-x86_64 --version | sed -nE '1s/^.*version ([0-9]+)\..*$/\1/p'; }
-suite() { sed -n 's/^VERSION_CODENAME=//p' /etc/os-release; }
-newer_qemu() {
-    local site only=(-o Dir::Etc::sourceparts=/dev/null -o APT::Get::List-Cleanup=0)
-    # shellcheck disable=SC2016 # apt-get expands these
-    site=$(apt-get indextargets --format '$(REPO_URI) $(RELEASE)' 'Identifier: Packages' \
-        | awk -v suite="$(suite)" '$2 == suite { print $1; exit }')
-    [[ -n $site ]] || return 1
-    echo "deb $site $(suite)-backports main" >"$LOG_DIR/backports.list"
-    only+=(-o "Dir::Etc::sourcelist=$LOG_DIR/backports.list")
-    step "apt-get update (backports)" apt-get -q "${only[@]}" update || return 1
-    step "apt-get install (QEMU)" apt-get -q "${only[@]}" install -y --no-install-recommends \
-        -t "$(suite)-backports" qemu-system-x86 qemu-utils
-}
-if (($(qemu_major) < 8)) && [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
-    LOG_DIR=${LOG_DIR:-$(mktemp -d)}
-    say "setup: a newer QEMU than $(qemu_major) from backports"
-    newer_qemu || say "setup: no newer QEMU; a node VM may lose a guest now and then, and tests say so"
-fi
-
 if ! command -v cargo >/dev/null; then
     [[ -x ${CARGO_HOME:-$HOME/.cargo}/bin/cargo ]] \
         || die "cargo is missing: the build needs Rust $(sed -n 's/^channel = "\(.*\)"/\1/p' "$REPO_DIR/rust-toolchain.toml")" \

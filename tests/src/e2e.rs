@@ -68,6 +68,7 @@ impl Run {
     pub fn test(&self, name: &str, test: fn(&Context) -> Result<()>) -> Result<(), String> {
         let mut tries = 1;
         loop {
+            let boot = self.node_boot();
             let Err(error) = self.run(name, test) else {
                 return Ok(());
             };
@@ -75,10 +76,10 @@ impl Run {
                 Ok(dir) => format!("logs: {}", dir.display()),
                 Err(error) => format!("logs could not be collected: {error:#}"),
             };
-            if tries < TRIES && self.start_over() {
+            if tries < TRIES && self.start_over(&boot) {
                 tries += 1;
                 eprintln!(
-                    "    the emulated processor lost a guest (triple fault): once more, try {tries} of {TRIES}; {logs}"
+                    "    the emulated processor lost a guest or the node (triple fault): once more, try {tries} of {TRIES}; {logs}"
                 );
                 continue;
             }
@@ -86,12 +87,18 @@ impl Run {
         }
     }
 
-    /// Whether the emulated processor lost a guest; then whatever the agent has is cleared away.
-    fn start_over(&self) -> bool {
+    /// The boot ID of the node's kernel; no test here reboots the node.
+    fn node_boot(&self) -> Option<String> {
+        let ssh = self.stage.node.ssh();
+        ssh.run("cat /proc/sys/kernel/random/boot_id").ok()
+    }
+
+    /// Whether the emulated processor lost a guest, or the node that had booted as `boot`; then whatever the
+    /// agent has is cleared away.
+    fn start_over(&self, boot: &Option<String>) -> bool {
         let mut machine = Machine::in_node(&self.stage, &self.binaries);
-        machine
-            .emulator_lost_a_guest()
-            .is_ok_and(|lost| lost && machine.clear().is_ok())
+        let lost = self.node_boot() != *boot || machine.emulator_lost_a_guest().unwrap_or_default();
+        lost && machine.clear().is_ok()
     }
 
     fn run(&self, name: &str, test: fn(&Context) -> Result<()>) -> Result<()> {
@@ -149,6 +156,9 @@ impl Run {
             ))
             .output()
             .context("cannot run ssh")?;
+        if tar.stdout.is_empty() {
+            return Ok(dir);
+        }
         let archive = dir.join("files.tar");
         fs::write(&archive, tar.stdout)?;
         std::process::Command::new("tar")

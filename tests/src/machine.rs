@@ -249,9 +249,10 @@ impl Machine {
         }
     }
 
-    /// Whether the machine is emulated and a guest on it has ended in a triple fault. QEMU's nested SVM loses
-    /// a guest now and then while two run: the interrupt that KVM injects at an entry cannot be delivered,
-    /// nor the faults that follow, with a guest that is sound. No figure or promise hangs on such a run.
+    /// Whether the machine is emulated and a guest on it has ended in a triple fault. QEMU's emulation of SVM
+    /// loses a guest now and then while two run busily, with one processor or two (7.2; seen in a trace: the
+    /// interrupt that KVM injects at an entry cannot be delivered, nor the faults that follow, though the
+    /// guest was sound at its exit just before); 10.0 lost the node itself. No promise hangs on such a run.
     pub fn emulator_lost_a_guest(&self) -> Result<bool> {
         let Place::Node(_) = &self.place else {
             return Ok(false);
