@@ -32,7 +32,8 @@ const TRIES: u32 = 3;
 /// How long the client runs before and after, to see what is usual.
 const QUIET: Duration = Duration::from_secs(10);
 
-const GUEST_MANIFEST: &str = r#"apiVersion: understudy.dev/v1alpha1
+/// The guest as its owner declares it; its disk is `web.img`.
+pub const GUEST_MANIFEST: &str = r#"apiVersion: understudy.dev/v1alpha1
 kind: Guest
 metadata:
   name: web

@@ -4,31 +4,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use understudy_tests::bed::{Ssh, wait_until};
+pub use understudy_tests::demo::GUEST;
+use understudy_tests::demo::GUEST_MANIFEST;
 use understudy_tests::e2e::Context;
 use understudy_tests::machine::{Machine, condition_is};
 
-/// Name of the guest.
-pub const GUEST: &str = "web";
 /// A guest boots in 20 s under emulation, in more beside a busy machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(480);
-
-const MANIFEST: &str = r#"apiVersion: understudy.dev/v1alpha1
-kind: Guest
-metadata:
-  name: web
-spec:
-  cpus: 1
-  memory: 512Mi
-  boot:
-    fromDisk: {}
-  disks:
-    - name: root
-      role: Root
-      source: web.img
-  networks:
-    - bridge: br0
-      mac: 52:54:00:77:01:01
-"#;
 
 /// A stock guest that serves, under the node agent.
 pub struct Guest {
@@ -47,7 +29,7 @@ impl Guest {
         machine.clear()?;
         machine.place_disk("web.img")?;
         machine.start_agent()?;
-        machine.apply("guest.yaml", MANIFEST)?;
+        machine.apply("guest.yaml", GUEST_MANIFEST)?;
         let guest = Guest::reached(machine)?;
         context.say("the guest serves");
         Ok(guest)
