@@ -197,6 +197,7 @@ pub fn vm_config(
             socket: layout.vsock(),
         },
         clone_oem_strings,
+        resume: None,
         paths: Paths {
             control: layout.control(),
             handover: layout.handover(),

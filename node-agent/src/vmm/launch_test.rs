@@ -64,6 +64,7 @@ impl Bed {
                 socket: layout.vsock(),
             },
             clone_oem_strings: Vec::new(),
+            resume: None,
             paths: Paths {
                 control: layout.control(),
                 handover: layout.handover(),

@@ -169,6 +169,7 @@ impl Tiny {
                 socket: at("vsock.sock"),
             },
             clone_oem_strings: Vec::new(),
+            resume: None,
             paths: Paths {
                 control: at("control.sock"),
                 handover: at("handover.sock"),

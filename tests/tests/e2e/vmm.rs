@@ -141,6 +141,7 @@ fn config(context: &Context, cpus: u8) -> Result<VmConfig> {
             socket: path("vsock.sock"),
         },
         clone_oem_strings: Vec::new(),
+        resume: None,
         paths: Paths {
             control: path("control.sock"),
             handover: path("handover.sock"),

@@ -19,6 +19,8 @@
 //! | `PUT /v1/network/give` | [`GiveNetwork`] | `{}` |
 //! | `PUT /v1/activate` | [`Activate`] | [`ActivateReport`] |
 //!
+//! Saving and resuming sessions: [`crate::session`].
+//!
 //! Every `PUT` is idempotent: asked again with the same body it answers as before.
 
 use std::path::PathBuf;
@@ -35,6 +37,8 @@ pub enum VmState {
     Running,
     /// vCPUs are stopped under a lease.
     Paused,
+    /// The session is saved: vCPUs are stopped until the save is cancelled or its lease runs out.
+    Saved,
     /// `owner.json` names another incarnation: this one never opens its gates again.
     Dormant,
     /// The guest has powered itself off or crashed; the process ends or has ended its vCPUs.
@@ -74,6 +78,9 @@ pub struct VmInfo {
     /// The network interfaces.
     #[serde(default)]
     pub interfaces: Vec<InterfaceInfo>,
+    /// Where the guest was resumed from, if it was and has not been reset since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resume: Option<crate::session::ResumeInfo>,
 }
 
 /// A network interface as it stands.

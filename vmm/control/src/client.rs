@@ -12,6 +12,7 @@ use crate::api::{
     Activate, ActivateReport, Commit, ConsoleTail, DiskInfo, ErrorBody, GiveNetwork, HoldReport, HoldRequest,
     PrepareSplit, Split, SplitReport, VmInfo,
 };
+use crate::session::{CancelSave, KeepSaved, SaveInfo, SaveRequest};
 
 /// Largest answer that is read.
 const MAX_BODY: u64 = 1 << 20;
@@ -122,6 +123,26 @@ impl Client {
     /// `PUT /v1/activate`.
     pub fn activate(&self, request: &Activate) -> Result<ActivateReport, ClientError> {
         self.put("/v1/activate", request)
+    }
+
+    /// `PUT /v1/save`.
+    pub fn begin_save(&self, request: &SaveRequest) -> Result<SaveInfo, ClientError> {
+        self.put("/v1/save", request)
+    }
+
+    /// `GET /v1/save`.
+    pub fn save(&self) -> Result<SaveInfo, ClientError> {
+        self.request("GET", "/v1/save", None::<&()>)
+    }
+
+    /// `PUT /v1/save/keep`.
+    pub fn keep_saved(&self, request: &KeepSaved) -> Result<SaveInfo, ClientError> {
+        self.put("/v1/save/keep", request)
+    }
+
+    /// `PUT /v1/save/cancel`.
+    pub fn cancel_save(&self, request: &CancelSave) -> Result<SaveInfo, ClientError> {
+        self.put("/v1/save/cancel", request)
     }
 
     fn put<B: Serialize, A: DeserializeOwned>(&self, path: &str, body: &B) -> Result<A, ClientError> {

@@ -36,6 +36,9 @@ pub struct VmConfig {
     /// systemd imports them before any unit starts. An activated VMM drops them at its next reset.
     #[serde(default)]
     pub clone_oem_strings: Vec<String>,
+    /// Resume a saved session instead of booting; `role` is [`Role::Active`] then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resume: Option<crate::session::Resume>,
     /// Paths that this process creates and owns.
     pub paths: Paths,
 }

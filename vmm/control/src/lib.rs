@@ -9,6 +9,7 @@ pub mod api;
 pub mod client;
 pub mod config;
 pub mod owner;
+pub mod session;
 
 /// Version of the control API and of [`config::VmConfig`]. A VMM refuses a configuration of a version
 /// it does not know; an agent asks `GET /v1/vm` and reads [`api::VmInfo::api_version`] before anything

@@ -359,6 +359,7 @@ impl Supervisor {
                 .as_ref()
                 .map(Devices::interface_info)
                 .unwrap_or_default(),
+            resume: None,
         }
     }
 
