@@ -2,10 +2,21 @@
 
 use std::io;
 
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{GuestAddress, MmapRegion};
 
 use super::dirty::PageSet;
 use crate::layout;
+
+/// Guest RAM as devices and loaders see it. Every write through it marks its page in the bitmap of its region
+/// after it was made: KVM's dirty log knows of the guest's own writes alone, and a save joins the two.
+///
+/// System calls that are handed addresses in guest RAM pass by the bitmap; they go through
+/// [`Buffers::fill_with`](crate::virtio::buffers::Buffers::fill_with), which marks what they wrote.
+pub type GuestMemoryMmap = vm_memory::GuestMemoryMmap<AtomicBitmap>;
+
+/// One range of [`GuestMemoryMmap`].
+pub type GuestRegionMmap = vm_memory::GuestRegionMmap<AtomicBitmap>;
 
 /// Why guest RAM could not be had.
 #[derive(Debug, thiserror::Error)]

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use virtio_queue::Queue;
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::machine::memory::GuestMemoryMmap;
 
 /// How a device tells its driver that something happened.
 pub trait Interrupt: Send + Sync {

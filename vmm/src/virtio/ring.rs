@@ -6,10 +6,11 @@ use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
 use virtio_queue::{Error, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::buffers::{Buffers, MAX_PIECES};
 use super::device::{ActiveQueue, Interrupt};
+use crate::machine::memory::GuestMemoryMmap;
 
 /// A descriptor chain, copied out of guest memory once, so that the driver cannot change it under us.
 #[derive(Clone, Debug)]

@@ -6,10 +6,11 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{Activation, ActiveQueue, Interrupt, VirtioDevice};
+use crate::machine::memory::GuestMemoryMmap;
 
 /// Nothing in a test takes longer, however busy the machine.
 pub(crate) const SOON: Duration = Duration::from_secs(60);

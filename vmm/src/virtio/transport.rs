@@ -5,10 +5,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Activation, ActiveQueue, DeviceError, Interrupt, VirtioDevice};
+use crate::machine::memory::GuestMemoryMmap;
 use crate::pci::bus::{Function, bar_address};
 use crate::pci::config::{ConfigState, Identity};
 use crate::pci::interrupts::Router;
