@@ -83,6 +83,8 @@ pub struct Assembly {
     pub vcpus: Vcpus,
     /// Its board.
     pub board: Arc<Board>,
+    /// The virtual machine.
+    pub vm: Arc<VmFd>,
 }
 
 impl Assembly {
@@ -121,7 +123,7 @@ impl Assembly {
             vcpus.push(vcpu);
         }
         let vcpus = Vcpus::start(vcpus, &board)?;
-        Ok(Assembly { vcpus, board })
+        Ok(Assembly { vcpus, board, vm })
     }
 }
 

@@ -1,5 +1,6 @@
 //! The board of one boot: what vCPUs reach by ports and memory addresses. A reset builds a new one.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -66,6 +67,8 @@ pub struct Board {
     power: Mutex<Power>,
     boot: u64,
     events: Sender<Event>,
+    /// The guest has asked for something that ends this boot.
+    asked: AtomicBool,
 }
 
 impl Board {
@@ -84,6 +87,7 @@ impl Board {
             power: Mutex::default(),
             boot,
             events,
+            asked: AtomicBool::new(false),
         })
     }
 
@@ -166,7 +170,14 @@ impl Board {
         }
     }
 
+    /// Whether the guest has asked for a reset or power-off, or has crashed: this boot is about to end, and
+    /// there is no session to be saved.
+    pub fn has_asked(&self) -> bool {
+        self.asked.load(Ordering::Acquire)
+    }
+
     fn send(&self, event: GuestEvent) {
+        self.asked.store(true, Ordering::Release);
         // The receiver is gone only while the process ends.
         let boot = self.boot;
         let _ = self.events.send(Event::Guest { boot, event });

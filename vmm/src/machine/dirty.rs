@@ -58,7 +58,7 @@ impl PageSet {
     }
 
     /// Adds the pages of a bitmap whose first bit is page `first`, a multiple of 64.
-    fn join_words(&mut self, first: u64, words: &[u64]) {
+    pub(super) fn join_words(&mut self, first: u64, words: &[u64]) {
         let at = (first / 64) as usize;
         for (to, from) in self.words.iter_mut().skip(at).zip(words) {
             *to |= from;

@@ -9,6 +9,9 @@ mod disks;
 pub mod fence;
 mod lease;
 mod operations;
+pub mod resume;
+mod save;
+mod session;
 pub mod validate;
 
 use std::path::PathBuf;
@@ -24,6 +27,7 @@ use understudy_vmm_control::config::{DiskRole, Role, VmConfig};
 use understudy_vmm_control::owner::state_dir;
 
 pub use operations::OperationError;
+pub use resume::ResumeError;
 
 use crate::boot::smbios::Identity;
 use crate::boot::{self, BootError};
@@ -90,15 +94,17 @@ pub struct Supervisor {
     console: ConsoleLog,
     events: Sender<Event>,
     inner: Mutex<Inner>,
-    /// While a boot is being put together: what held before.
-    before_boot: Mutex<Option<VmInfo>>,
+    /// While a boot is put together or a session is paused to be saved: what held before.
+    before: Mutex<Option<VmInfo>>,
+    /// The last save, whatever became of it.
+    last_save: Mutex<Option<Arc<save::Job>>>,
     lease_changed: Condvar,
     stop_asked: AtomicBool,
 }
 
 struct Inner {
     kvm: Kvm,
-    ram: GuestRam,
+    ram: Arc<GuestRam>,
     platform: Platform,
     /// Where a clone receives taps.
     handover: Option<Handover>,
@@ -114,6 +120,12 @@ struct Inner {
     activated: Option<(u64, api::ActivateReport)>,
     vcpus_closed: bool,
     lease: Option<Instant>,
+    /// The save that goes on, until the session is saved.
+    saving: Option<Arc<save::Job>>,
+    /// The session is saved.
+    saved: Option<save::SavedSession>,
+    /// The guest was resumed, and has not been reset since.
+    resumed: Option<resume::Resumed>,
     boots: u64,
     kernel: Option<String>,
     exit_reason: Option<String>,
@@ -133,7 +145,7 @@ impl Supervisor {
             Role::Clone => None,
         };
         let kvm = Kvm::new().map_err(StartError::Kvm)?;
-        let ram = GuestRam::new(config.memory_mib)?;
+        let ram = Arc::new(GuestRam::new(config.memory_mib)?);
         let platform = Platform::settle(&config, &kvm)?;
         let console = ConsoleLog::open(&config.paths.console).map_err(|source| StartError::Console {
             path: config.paths.console.clone(),
@@ -171,11 +183,15 @@ impl Supervisor {
                 activated: None,
                 vcpus_closed: false,
                 lease: None,
+                saving: None,
+                saved: None,
+                resumed: None,
                 boots: 0,
                 kernel: None,
                 exit_reason: None,
             }),
-            before_boot: Mutex::default(),
+            before: Mutex::default(),
+            last_save: Mutex::default(),
             lease_changed: Condvar::new(),
             stop_asked: AtomicBool::new(false),
             config,
@@ -204,16 +220,22 @@ impl Supervisor {
     }
 
     fn start_locked(&self, inner: &mut Inner) -> Result<(), StartError> {
-        *self.before_boot() = Some(self.describe(inner));
+        *self.before() = Some(self.describe(inner));
         let result = self.assemble(inner);
-        *self.before_boot() = None;
+        *self.before() = None;
         result
     }
 
     fn assemble(&self, inner: &mut Inner) -> Result<(), StartError> {
         let devices = match inner.devices.take() {
             Some(devices) => devices,
-            None => Devices::open(&self.config, &inner.platform, &self.gates, &self.counters)?,
+            None => Devices::open(
+                &self.config,
+                &inner.platform,
+                &self.gates,
+                &self.counters,
+                None,
+            )?,
         };
         let devices = inner.devices.insert(devices);
         let payload = boot::find(&self.config.boot, devices.root())?;
@@ -301,7 +323,12 @@ impl Supervisor {
     /// Builds the machine anew. Backends of devices live on; a kernel is looked for again.
     fn reset_locked(&self, inner: &mut Inner) {
         tracing::info!("the guest is reset");
+        if let Some(job) = inner.saving.take() {
+            job.overtaken("the guest was reset while it was saved");
+        }
         stop_machine(inner);
+        // Nothing fills RAM from a checkpoint any more: the next boot finds zeroes.
+        inner.resumed = None;
         if let Err(error) = self.start_locked(inner) {
             let reason = format!("the guest was reset, and does not boot again: {error}");
             tracing::error!(%error, "the guest was reset, and does not boot again");
@@ -322,10 +349,10 @@ impl Supervisor {
         }
     }
 
-    /// The answer of `GET /v1/vm`. While a boot reads kernel and initrd, which may take seconds, it is what
-    /// held before, so that a live VMM is never silent.
+    /// The answer of `GET /v1/vm`. While a boot reads kernel and initrd, or the end of a save waits for the
+    /// disk, which may take seconds, it is what held before, so that a live VMM is never silent.
     pub fn info(&self) -> VmInfo {
-        let before = self.before_boot().clone();
+        let before = self.before().clone();
         match before {
             Some(info) => VmInfo {
                 counters: self.counters.report(),
@@ -335,8 +362,8 @@ impl Supervisor {
         }
     }
 
-    fn before_boot(&self) -> MutexGuard<'_, Option<VmInfo>> {
-        self.before_boot.lock().unwrap_or_else(PoisonError::into_inner)
+    fn before(&self) -> MutexGuard<'_, Option<VmInfo>> {
+        self.before.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn describe(&self, inner: &Inner) -> VmInfo {
@@ -359,7 +386,7 @@ impl Supervisor {
                 .as_ref()
                 .map(Devices::interface_info)
                 .unwrap_or_default(),
-            resume: None,
+            resume: inner.resumed.as_ref().map(resume::Resumed::info),
         }
     }
 
