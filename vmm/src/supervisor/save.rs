@@ -400,6 +400,7 @@ impl Supervisor {
         }
         devices.stop_merges();
         assembly.board.suspend()?;
+        self.console.write_out();
         flush(&source.disks)?;
         source.log.collect(&source.ram, &mut left)?;
         let chunks = left.chunks(CHUNK as u64);

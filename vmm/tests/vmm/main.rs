@@ -5,3 +5,5 @@
 mod common;
 mod handover;
 mod machine;
+mod payload;
+mod session;
