@@ -10,6 +10,7 @@ pub mod legacy;
 pub mod machine;
 pub mod net;
 pub mod pci;
+pub mod persist;
 pub mod process;
 pub mod seccomp;
 pub mod supervisor;

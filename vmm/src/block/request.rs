@@ -63,13 +63,13 @@ pub(super) struct Request {
 impl Request {
     /// Parses a chain in whatever way the driver framed it (virtio 1.2, 2.7.4); `None` when there is no
     /// place for a status, so that nothing can be answered.
-    pub(super) fn parse(memory: &GuestMemoryMmap, chain: Chain) -> Option<Request> {
+    pub(super) fn parse(memory: &GuestMemoryMmap, chain: &Chain) -> Option<Request> {
         let Chain {
             head,
             readable,
             mut writable,
             ordered,
-        } = chain;
+        } = chain.clone();
         let status = split_last_byte(&mut writable)?;
         let mut request = Request {
             head,

@@ -137,7 +137,7 @@ impl Devices {
     /// Stops all workers.
     pub fn reset(&self) {
         for (_, device) in &self.list {
-            drop(device.lock().unwrap_or_else(PoisonError::into_inner).reset());
+            device.lock().unwrap_or_else(PoisonError::into_inner).reset();
         }
     }
 

@@ -9,7 +9,7 @@ use virtio_queue::{Error, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::buffers::{Buffers, MAX_PIECES};
-use super::device::{ActiveQueue, Interrupt};
+use super::device::{ActiveQueue, Interrupt, QueueProgress};
 use crate::machine::memory::GuestMemoryMmap;
 
 /// A descriptor chain, copied out of guest memory once, so that the driver cannot change it under us.
@@ -224,9 +224,9 @@ impl Ring {
         }
     }
 
-    /// Gives the queue back with its progress.
-    pub fn into_queue(self) -> ActiveQueue {
-        self.queue
+    /// How far the device is.
+    pub fn progress(&self) -> QueueProgress {
+        QueueProgress::of(self.queue.index, &self.queue.queue)
     }
 
     fn give_up(&mut self, error: &Error) {
