@@ -12,10 +12,11 @@ use understudy_vmm_control::config::Role;
 
 use crate::control::server::{self, Sockets};
 use crate::machine::board::Event;
+use crate::memory_restore::Userfault;
 use crate::seccomp;
 #[cfg(doc)]
 use crate::supervisor::ResumeError;
-use crate::supervisor::{Supervisor, validate};
+use crate::supervisor::{Supervisor, resume, validate};
 
 /// Logs to stderr with UTC timestamps in microseconds; `RUST_LOG` selects, `info` is the default.
 pub fn log_to_stderr() {
@@ -35,6 +36,8 @@ pub fn log_to_stderr() {
 pub fn run(path: &Path, started: Instant) -> Result<bool, Box<dyn Error>> {
     return_freed_memory();
     let config = validate::read(path)?;
+    // Before the process is confined: afterwards it may not open one.
+    let userfault = config.resume.is_some().then(Userfault::open).transpose();
     seccomp::confine()?;
     // Before any thread: all inherit the mask.
     let signals = block_stop_signals()?;
@@ -52,9 +55,9 @@ pub fn run(path: &Path, started: Instant) -> Result<bool, Box<dyn Error>> {
         .map_err(|error| format!("paths.control: listening on {}: {error}", control.display()))?;
     let _sockets = Sockets(vec![control, config.vsock.socket.clone()]);
     let role = config.role;
-    let (supervisor, events) = match config.resume.clone() {
-        Some(resume) => Supervisor::resume(config, &resume, started)?,
-        None => {
+    let (supervisor, events) = match (config.resume.clone(), resume::faults(userfault)?) {
+        (Some(resume), Some(userfault)) => Supervisor::resume(config, &resume, userfault, started)?,
+        _ => {
             let (supervisor, events) = Supervisor::new(config)?;
             if role == Role::Active {
                 supervisor.start()?;

@@ -38,6 +38,18 @@ pub enum Event {
         /// What it asks.
         event: GuestEvent,
     },
+    /// All memory of the guest that was resumed as boot number `boot` is there.
+    MemoryComplete {
+        /// Number of the boot.
+        boot: u64,
+    },
+    /// Memory of the guest that was resumed cannot be read.
+    MemoryDamaged {
+        /// Number of the boot.
+        boot: u64,
+        /// Why.
+        message: String,
+    },
     /// The process shall end.
     Stop,
 }

@@ -241,6 +241,11 @@ impl Vcpus {
         self.shared.changed.notify_all();
     }
 
+    /// As [`Vcpus::pause`], without waiting: a vCPU that waits for memory may not stop before it has it.
+    pub fn ask_to_pause(&self) {
+        self.give(Order::Pause);
+    }
+
     /// Stops all vCPUs; when this returns none runs guest code, and what their last exits asked of devices
     /// is complete in the registers too: see [`run_until_ordered`].
     pub fn pause(&self) {

@@ -297,7 +297,12 @@ impl Supervisor {
                     self.halt(&mut inner);
                     return orderly;
                 }
-                Event::Guest { boot, .. } if boot != inner.boots || inner.assembly.is_none() => {}
+                Event::Guest { boot, .. }
+                | Event::MemoryComplete { boot }
+                | Event::MemoryDamaged { boot, .. }
+                    if boot != inner.boots || inner.assembly.is_none() => {}
+                Event::MemoryComplete { .. } => self.memory_is_complete(&mut inner),
+                Event::MemoryDamaged { message, .. } => self.memory_is_damaged(&mut inner, &message),
                 // The dormant's guest is paused; what it asked just before is void.
                 Event::Guest { .. } if inner.state == VmState::Dormant => {}
                 Event::Guest { event, .. } => match event {
@@ -327,8 +332,16 @@ impl Supervisor {
             job.overtaken("the guest was reset while it was saved");
         }
         stop_machine(inner);
-        // Nothing fills RAM from a checkpoint any more: the next boot finds zeroes.
-        inner.resumed = None;
+        // Nothing fills RAM from a checkpoint any more, or clearing it would bring the old memory back.
+        if let Some(resumed) = inner.resumed.take()
+            && let Err(error) = resumed.discard()
+        {
+            tracing::error!(%error, "the guest was reset, and its memory cannot be cleared");
+            inner.exit_reason = Some(format!("the guest was reset, and its memory cannot be cleared: {error}"));
+            self.halt(inner);
+            inner.state = VmState::Exited;
+            return;
+        }
         if let Err(error) = self.start_locked(inner) {
             let reason = format!("the guest was reset, and does not boot again: {error}");
             tracing::error!(%error, "the guest was reset, and does not boot again");
@@ -340,6 +353,12 @@ impl Supervisor {
 
     /// Ends vCPUs and devices, and makes written data durable.
     fn halt(&self, inner: &mut Inner) {
+        if inner.resumed.as_ref().is_some_and(|resumed| resumed.error().is_some()) {
+            // vCPUs and devices may wait for memory that will never come, and hold what a flush needs: they
+            // end with the process. What the guest was told is durable is so already.
+            std::mem::forget(inner.assembly.take());
+            return;
+        }
         stop_machine(inner);
         if let Some(devices) = &inner.devices {
             devices.stop_merges();

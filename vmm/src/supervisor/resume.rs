@@ -6,10 +6,9 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
-use std::thread;
 use std::time::Instant;
 
-use understudy_checkpoint::{CHUNK, ChunkBuffer, ChunkError, Identity, Key, Manifest, Reader, RefusedCheckpoint};
+use understudy_checkpoint::{Identity, Key, Manifest, Reader, RefusedCheckpoint};
 use understudy_vmm_control::api::VmState;
 use understudy_vmm_control::config::VmConfig;
 use understudy_vmm_control::session::{Refusal, Resume, ResumeInfo};
@@ -24,11 +23,14 @@ use crate::boot::smbios::Identity as Smbios;
 use crate::machine::assembly::{Assembly, AssemblyError, Machine, Parts};
 use crate::machine::board::Event;
 use crate::machine::cpuid::{self, CpuidError};
-use crate::machine::memory::GuestRam;
 use crate::machine::platform::PlatformError;
 use crate::machine::vcpu::Vcpus;
 use crate::machine::vcpu_state::{self, Abilities};
 use crate::machine::vm_state;
+use crate::memory_restore::{LazyMemory, RestoreError, RestoreEvent, Userfault, UserfaultError};
+
+/// Threads that read memory ahead of its use.
+const PREFETCHERS: usize = 2;
 
 /// Why a session was not resumed.
 #[derive(Debug, thiserror::Error)]
@@ -48,12 +50,24 @@ pub enum ResumeError {
 pub(super) struct Resumed {
     checkpoint: Uuid,
     start_us: u64,
+    /// Until all of memory is there.
+    memory: Option<LazyMemory>,
 }
 
 impl Resumed {
     /// Bytes of memory that are in the checkpoint alone.
     pub(super) fn pending_bytes(&self) -> u64 {
-        0
+        self.memory.as_ref().map_or(0, LazyMemory::pending_bytes)
+    }
+
+    /// Gives up what is not there yet, for a guest that is reset; vCPUs and devices are stopped.
+    pub(super) fn discard(&self) -> Result<(), RestoreError> {
+        self.memory.as_ref().map_or(Ok(()), LazyMemory::discard)
+    }
+
+    /// Why memory could not be read: the guest cannot go on.
+    pub(super) fn error(&self) -> Option<String> {
+        self.memory.as_ref().and_then(LazyMemory::error)
     }
 
     /// For the control API.
@@ -62,7 +76,7 @@ impl Resumed {
             checkpoint: self.checkpoint,
             pending_bytes: self.pending_bytes(),
             start_us: self.start_us,
-            error: None,
+            error: self.error(),
         }
     }
 }
@@ -75,12 +89,18 @@ fn incompatible(error: impl std::fmt::Display) -> ResumeError {
     refuse(Refusal::CheckpointIncompatible, error.to_string())
 }
 
+/// A kernel that has no userfaultfd, or not for this process, is a host that cannot resume.
+pub fn faults(opened: Result<Option<Userfault>, UserfaultError>) -> Result<Option<Userfault>, ResumeError> {
+    opened.map_err(incompatible)
+}
+
 impl Supervisor {
-    /// Resumes the session that `resume` names; the process has `started` then. When this returns the guest
-    /// runs.
+    /// Resumes the session that `resume` names; the process has `started` then, and had `userfault` before it
+    /// was confined. When this returns the guest runs.
     pub fn resume(
         config: VmConfig,
         resume: &Resume,
+        userfault: Userfault,
         started: Instant,
     ) -> Result<(Arc<Supervisor>, Receiver<Event>), ResumeError> {
         let key = Key::read(&resume.key).map_err(|error| refuse(Refusal::CheckpointKey, error.to_string()))?;
@@ -95,11 +115,17 @@ impl Supervisor {
         check_configuration(&config, reader.manifest())?;
         let state = SessionState::from_bytes(reader.state())?;
         let (supervisor, events) = Supervisor::new(config).map_err(refuse_start)?;
-        supervisor.restore(reader, &state, started)?;
+        supervisor.restore(Arc::new(reader), &state, userfault, started)?;
         Ok((supervisor, events))
     }
 
-    fn restore(&self, reader: Reader, state: &SessionState, started: Instant) -> Result<(), ResumeError> {
+    fn restore(
+        &self,
+        reader: Arc<Reader>,
+        state: &SessionState,
+        userfault: Userfault,
+        started: Instant,
+    ) -> Result<(), ResumeError> {
         let mut guard = self.lock();
         let inner = &mut *guard;
         let manifest = reader.manifest();
@@ -113,8 +139,8 @@ impl Supervisor {
             Some(&manifest.disks),
         )
         .map_err(refuse_devices)?;
-        load(&reader, &inner.ram).map_err(|error| refuse(Refusal::CheckpointDamaged, error.to_string()))?;
         inner.boots = 1;
+        let memory = self.fill_lazily(inner, &reader, userfault)?;
         let assembly = assemble(
             &Parts {
                 kvm: &inner.kvm,
@@ -155,10 +181,59 @@ impl Supervisor {
         inner.resumed = Some(Resumed {
             checkpoint: manifest.checkpoint,
             start_us,
+            memory: Some(memory),
         });
         inner.devices = Some(devices);
         inner.assembly = Some(assembly);
         Ok(())
+    }
+
+    /// From now on whoever touches guest RAM gets what the checkpoint holds.
+    fn fill_lazily(
+        &self,
+        inner: &Inner,
+        reader: &Arc<Reader>,
+        userfault: Userfault,
+    ) -> Result<LazyMemory, ResumeError> {
+        let (events, boot) = (self.events.clone(), inner.boots);
+        let told = move |event| {
+            let event = match event {
+                RestoreEvent::Complete => Event::MemoryComplete { boot },
+                RestoreEvent::Damaged { message } => Event::MemoryDamaged { boot, message },
+            };
+            // The receiver is gone only while the process ends.
+            let _ = events.send(event);
+        };
+        LazyMemory::start(userfault, &inner.ram, reader.clone(), PREFETCHERS, told).map_err(|error| match error
+        {
+            RestoreError::Size { .. } => incompatible(error),
+            RestoreError::Memory(error) => ResumeError::Start(error.into()),
+            RestoreError::Os { .. } => incompatible(format!(
+                "{error}; the host's kernel needs CONFIG_USERFAULTFD, and this process the right to use it"
+            )),
+        })
+    }
+
+    /// All memory of the resumed guest is there: the checkpoint is needed no more.
+    pub(super) fn memory_is_complete(&self, inner: &mut Inner) {
+        if let Some(resumed) = &mut inner.resumed
+            && resumed.error().is_none()
+        {
+            resumed.memory = None;
+            tracing::info!(checkpoint = %resumed.checkpoint, "all memory of the session is there");
+        }
+    }
+
+    /// Memory of the resumed guest cannot be had: the guest is paused, and everything is kept.
+    pub(super) fn memory_is_damaged(&self, inner: &mut Inner, message: &str) {
+        tracing::error!(message, "the guest is paused: {}", Refusal::CheckpointDamaged);
+        if let Some(assembly) = &inner.assembly {
+            // Whoever waits for the memory may not be interruptible.
+            assembly.vcpus.ask_to_pause();
+        }
+        inner.vcpus_closed = true;
+        inner.lease = None;
+        inner.state = VmState::Paused;
     }
 
     /// A commit since would have made another incarnation the owner.
@@ -262,40 +337,4 @@ fn assemble(parts: &Parts<'_>, state: &SessionState) -> Result<Assembly, ResumeE
     board.restore(&state.board).map_err(incompatible)?;
     let vcpus = Vcpus::start(vcpus, &board).map_err(|error| start(error.into()))?;
     Ok(Assembly { vcpus, vm, board })
-}
-
-/// Reads all of memory.
-fn load(reader: &Reader, ram: &GuestRam) -> Result<(), ChunkError> {
-    const BATCH: u64 = 16;
-    let next = std::sync::atomic::AtomicU64::new(0);
-    let work = || {
-        let mut buffer = ChunkBuffer::new(BATCH as usize);
-        loop {
-            let first = next.fetch_add(BATCH, std::sync::atomic::Ordering::Relaxed);
-            if first >= reader.chunks() {
-                return Ok(());
-            }
-            for chunk in first..(first + BATCH).min(reader.chunks()) {
-                if reader.is_zero(chunk) {
-                    continue;
-                }
-                let bytes = reader.read(chunk, 1, &mut buffer)?;
-                ram.copy_in(chunk * CHUNK as u64, bytes)
-                    .map_err(|source| ChunkError::Io {
-                        chunk,
-                        path: "guest RAM".into(),
-                        source,
-                    })?;
-            }
-        }
-    };
-    let threads = thread::available_parallelism().map_or(1, |n| n.get().min(4));
-    thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        workers.into_iter().try_for_each(|worker| {
-            worker
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
-    })
 }

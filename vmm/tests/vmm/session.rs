@@ -27,7 +27,7 @@ fn counting() -> (Guest, Value) {
 }
 
 /// A request that writes into a directory of its own, in boot number `boot`.
-fn request(guest: &Guest, boot: u32) -> SaveRequest {
+pub fn request(guest: &Guest, boot: u32) -> SaveRequest {
     let checkpoint = Uuid::new_v4();
     let directory = guest.path(&format!("checkpoint-{checkpoint}"));
     fs::create_dir(&directory).unwrap();
@@ -48,7 +48,7 @@ fn request(guest: &Guest, boot: u32) -> SaveRequest {
 }
 
 /// The configuration that resumes what `request` has saved, one boot later.
-fn resuming(config: &Value, request: &SaveRequest) -> Value {
+pub fn resuming(config: &Value, request: &SaveRequest) -> Value {
     let mut config = config.clone();
     config["resume"] = json!({
         "checkpoint": request.checkpoint,
@@ -73,7 +73,7 @@ fn save(vmm: &Vmm, request: &SaveRequest) -> SaveInfo {
     info.unwrap()
 }
 
-fn saved(vmm: &Vmm, request: &SaveRequest) -> SaveInfo {
+pub fn saved(vmm: &Vmm, request: &SaveRequest) -> SaveInfo {
     let info = save(vmm, request);
     assert_eq!(info.state, SaveState::Saved, "{:?}", info.error);
     info
@@ -438,4 +438,68 @@ fn a_guest_that_resets_itself_after_it_was_resumed_boots_anew() {
     });
     let info = again.info();
     assert_eq!((info.state, info.resume), (VmState::Running, None));
+}
+
+#[test]
+fn memory_that_proves_damaged_pauses_the_guest_and_keeps_everything() {
+    if !have_kvm() {
+        return;
+    }
+    let (guest, config) = counting();
+    let vmm = guest.start(&config);
+    counts_on(&vmm, 5);
+    let request = request(&guest, 1);
+    saved(&vmm, &request);
+    drop(vmm);
+    // The first page of the guest's ring.
+    let memory = fs::File::options()
+        .write(true)
+        .open(request.directory.join("memory"))
+        .unwrap();
+    memory.write_all_at(&[0x5a; 16], 0x40_0000).unwrap();
+    let mut again = guest.start(&resuming(&config, &request));
+    wait("the damage is found", || again.info().resume.unwrap().error.is_some());
+    wait("the guest is paused", || again.info().state == VmState::Paused);
+    let resume = again.info().resume.unwrap();
+    assert!(resume.pending_bytes > 0);
+    let error = again.client.release().unwrap_err();
+    assert!(error.to_string().contains("damaged"), "{error}");
+    assert_eq!(status(error), 409);
+    assert!(request.directory.join(MANIFEST).exists());
+    in_sequence(&again.console());
+    again.client.vm("stop").unwrap();
+    again.end();
+}
+
+#[test]
+fn a_process_that_is_killed_while_it_saves_leaves_a_whole_checkpoint_or_none() {
+    if !have_kvm() {
+        return;
+    }
+    let (guest, config) = counting();
+    let mut whole = 0;
+    for turn in 0..8 {
+        let _ = fs::remove_file(guest.path("1-console.log"));
+        let vmm = guest.start(&config);
+        counts_on(&vmm, 2);
+        let request = request(&guest, turn);
+        vmm.client.begin_save(&request).unwrap();
+        // Somewhere on its way: which point is hit does not matter, all must be good.
+        std::thread::sleep(std::time::Duration::from_millis(u64::from(turn * turn) * 4));
+        drop(vmm);
+        let resume = resuming(&config, &request);
+        let mut again = guest.start(&resume);
+        if again.client.info().is_ok() {
+            whole += 1;
+            counts_on(&again, 2);
+        } else {
+            assert_eq!(again.end().code(), Some(REFUSED_EXIT_CODE), "{}", again.stderr());
+            let log = again.stderr();
+            assert_eq!(Refusal::find(&log).unwrap().0, Refusal::CheckpointMissing, "{log}");
+        }
+    }
+    eprintln!("{whole} of 8 were whole");
+    // And the guest boots from its disk whatever was left.
+    let _ = fs::remove_file(guest.path("1-console.log"));
+    counts_on(&guest.start(&config), 2);
 }
