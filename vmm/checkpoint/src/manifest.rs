@@ -157,7 +157,7 @@ const DIGITS: usize = 64;
 impl Manifest {
     /// Whether its numbers fit one another; else what does not.
     pub(crate) fn check(&self) -> Result<(), String> {
-        let bytes = self.memory_mib.checked_mul(1 << 20).unwrap_or(u64::MAX);
+        let bytes = self.memory_mib.saturating_mul(1 << 20);
         if bytes > MAX_MEMORY || bytes == 0 {
             return Err(format!(
                 "{} MiB of memory, where 1 to {} are possible",

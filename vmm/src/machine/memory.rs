@@ -106,8 +106,19 @@ impl GuestRam {
         self.size
     }
 
+    /// Its mappings in this process: (address, offset in RAM, length), in order. Addresses are aligned to huge
+    /// pages.
+    pub fn mapped(&self) -> impl Iterator<Item = (u64, u64, u64)> + '_ {
+        self.mappings.iter().scan(0, |end, mapping| {
+            let offset = *end;
+            *end += mapping.length as u64;
+            Some((mapping.start as u64, offset, mapping.length as u64))
+        })
+    }
+
     /// Gives every page back to the host: the guest finds zeroes, as after power-on. No vCPU and no
-    /// device may be using the memory.
+    /// device may be using the memory, and memory that is restored lazily is discarded before
+    /// ([`crate::memory_restore::LazyMemory::discard`]), or it would come from the checkpoint again.
     pub fn clear(&self) -> Result<(), MemoryError> {
         for mapping in &self.mappings {
             // SAFETY: the range is ours, and private anonymous memory reads as zeroes afterwards.
