@@ -34,7 +34,7 @@ fn measure(directory: &Path, mib: u64, threads: usize) -> Result<(), Box<dyn Err
     // A guest's memory: nothing in it is zero, nothing is compressed, so that all of it is written.
     let memory: Vec<u8> = (0..mib << 20).map(|at| (at >> 3) as u8 | 1).collect();
     let (mut plain, mut sealed, mut end, mut read) = (vec![], vec![], vec![], vec![]);
-    let (mut plain_cpu, mut sealed_cpu) = (vec![], vec![]);
+    let (mut plain_cpu, mut sealed_cpu, mut open) = (vec![], vec![], vec![]);
     for _ in 0..ROUNDS {
         let cpu = cpu_time();
         plain.push(plain_writes(&directory.join("plain"), &memory)?);
@@ -46,7 +46,9 @@ fn measure(directory: &Path, mib: u64, threads: usize) -> Result<(), Box<dyn Err
         sealed_cpu.push(cpu_time() - cpu);
         sealed.push(total);
         end.push(last);
-        read.push(read_back(&checkpoint, &memory)?);
+        let (opened, total) = read_back(&checkpoint, &memory)?;
+        open.push(opened);
+        read.push(total);
         fs::remove_dir_all(&checkpoint)?;
     }
     let rate = |times: &[Duration]| (mib << 20) as f64 / 1e6 / best(times).as_secs_f64();
@@ -65,6 +67,11 @@ fn measure(directory: &Path, mib: u64, threads: usize) -> Result<(), Box<dyn Err
         "  {:40} {:6.1} ms",
         "end of the save, after the last chunk",
         best(&end).as_secs_f64() * 1e3
+    );
+    println!(
+        "  {:40} {:6.1} ms",
+        "open: manifest, index, state verified",
+        best(&open).as_secs_f64() * 1e3
     );
     println!(
         "  {:40} {:6.0} MB/s",
@@ -116,11 +123,15 @@ fn save(directory: &Path, memory: &[u8], threads: usize) -> Result<(Duration, Du
     let length = memory.len() as u64;
     let start = Instant::now();
     let writer = Writer::open(directory, &Key::new([7; 32]), identity("one"), length)?;
-    writer.write(&[0..length / CHUNK as u64], threads, |chunk, buffer| {
-        let at = chunk as usize * CHUNK;
-        buffer.copy_from_slice(&memory[at..at + buffer.len()]);
-        Ok(())
-    })?;
+    writer.write(
+        std::slice::from_ref(&(0..length / CHUNK as u64)),
+        threads,
+        |chunk, buffer| {
+            let at = chunk as usize * CHUNK;
+            buffer.copy_from_slice(&memory[at..at + buffer.len()]);
+            Ok(())
+        },
+    )?;
     let written = Instant::now();
     let description = Description {
         guest_name: "throughput".into(),
@@ -142,9 +153,10 @@ fn save(directory: &Path, memory: &[u8], threads: usize) -> Result<(Duration, Du
     Ok((start.elapsed(), written.elapsed()))
 }
 
-fn read_back(directory: &Path, memory: &[u8]) -> Result<Duration, Box<dyn Error>> {
+fn read_back(directory: &Path, memory: &[u8]) -> Result<(Duration, Duration), Box<dyn Error>> {
     let start = Instant::now();
     let reader = Reader::open(directory, &Key::new([7; 32]), &identity("two"))?;
+    let opened = start.elapsed();
     let mut buffer = ChunkBuffer::new(Lane::CHUNKS);
     for first in (0..reader.chunks()).step_by(Lane::CHUNKS) {
         let count = Lane::CHUNKS.min((reader.chunks() - first) as usize);
@@ -154,5 +166,5 @@ fn read_back(directory: &Path, memory: &[u8]) -> Result<Duration, Box<dyn Error>
             return Err("read other bytes than were written".into());
         }
     }
-    Ok(start.elapsed())
+    Ok((opened, start.elapsed()))
 }

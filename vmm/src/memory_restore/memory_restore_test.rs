@@ -343,7 +343,7 @@ fn memory_comes_back_from_a_checkpoint_on_disk() {
     };
     let writer = Writer::open(dir.path(), &Key::new([3; 32]), identity("one"), MIB << 20).unwrap();
     writer
-        .write(&[0..CHUNKS], 2, |first, buffer| {
+        .write(std::slice::from_ref(&(0..CHUNKS)), 2, |first, buffer| {
             for (chunk, bytes) in (first..).zip(buffer.chunks_exact_mut(CHUNK)) {
                 bytes.copy_from_slice(&model.content(chunk));
             }
