@@ -8,6 +8,7 @@ pub mod gate;
 pub mod layout;
 pub mod legacy;
 pub mod machine;
+pub mod memory_restore;
 pub mod net;
 pub mod pci;
 pub mod persist;

@@ -12,10 +12,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
+use rustix::time::{ClockId, clock_gettime};
 use understudy_checkpoint::{CHUNK, ChunkBuffer, Description, Identity, Key, Lane, RamRange, Reader, Writer};
 use uuid::Uuid;
 
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 5;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
@@ -32,40 +33,58 @@ fn main() -> Result<(), Box<dyn Error>> {
 fn measure(directory: &Path, mib: u64, threads: usize) -> Result<(), Box<dyn Error>> {
     // A guest's memory: nothing in it is zero, nothing is compressed, so that all of it is written.
     let memory: Vec<u8> = (0..mib << 20).map(|at| (at >> 3) as u8 | 1).collect();
-    let (mut plain, mut sealed, mut final_sync, mut read) = (vec![], vec![], vec![], vec![]);
+    let (mut plain, mut sealed, mut end, mut read) = (vec![], vec![], vec![], vec![]);
+    let (mut plain_cpu, mut sealed_cpu, mut open) = (vec![], vec![], vec![]);
     for _ in 0..ROUNDS {
+        let cpu = cpu_time();
         plain.push(plain_writes(&directory.join("plain"), &memory)?);
+        plain_cpu.push(cpu_time() - cpu);
         let checkpoint = directory.join("checkpoint");
         fs::create_dir(&checkpoint)?;
-        let (total, end) = save(&checkpoint, &memory, threads)?;
+        let cpu = cpu_time();
+        let (total, last) = save(&checkpoint, &memory, threads)?;
+        sealed_cpu.push(cpu_time() - cpu);
         sealed.push(total);
-        final_sync.push(end);
-        read.push(read_back(&checkpoint, &memory)?);
+        end.push(last);
+        let (opened, total) = read_back(&checkpoint, &memory)?;
+        open.push(opened);
+        read.push(total);
         fs::remove_dir_all(&checkpoint)?;
     }
-    let rate = |time: Duration| (mib << 20) as f64 / 1e6 / time.as_secs_f64();
-    println!("{mib} MiB, {threads} threads, best of {ROUNDS}:");
+    let rate = |times: &[Duration]| (mib << 20) as f64 / 1e6 / best(times).as_secs_f64();
     println!(
-        "  plain O_DIRECT writes, 1 MiB each, and sync {:8.0} MB/s",
-        rate(best(&plain))
+        "{mib} MiB, {threads} threads, best of {ROUNDS}; in brackets: bytes for the CPU time of all threads"
+    );
+    for (what, times, cpu) in [
+        ("plain O_DIRECT writes of 1 MiB, sync", &plain, &plain_cpu),
+        ("save: copy, seal, write, sync", &sealed, &sealed_cpu),
+    ] {
+        println!("  {what:40} {:6.0} MB/s ({:.0} MB/s)", rate(times), rate(cpu));
+    }
+    let speed = best(&plain).as_secs_f64() / best(&sealed).as_secs_f64();
+    println!("  {:40} {speed:6.2}", "save / plain");
+    println!(
+        "  {:40} {:6.1} ms",
+        "end of the save, after the last chunk",
+        best(&end).as_secs_f64() * 1e3
     );
     println!(
-        "  save: copy, seal, write, sync, manifest    {:8.0} MB/s",
-        rate(best(&sealed))
+        "  {:40} {:6.1} ms",
+        "open: manifest, index, state verified",
+        best(&open).as_secs_f64() * 1e3
     );
     println!(
-        "    of it the end, from the last chunk on    {:8.1} ms",
-        best(&final_sync).as_secs_f64() * 1e3
-    );
-    println!(
-        "  read back, one thread, verified            {:8.0} MB/s",
-        rate(best(&read))
-    );
-    println!(
-        "  save / plain                               {:8.2}",
-        best(&plain).as_secs_f64() / best(&sealed).as_secs_f64()
+        "  {:40} {:6.0} MB/s",
+        "read back by one thread, verified",
+        rate(&read)
     );
     Ok(())
+}
+
+/// What all threads of the process have used.
+fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 fn best(times: &[Duration]) -> Duration {
@@ -104,11 +123,15 @@ fn save(directory: &Path, memory: &[u8], threads: usize) -> Result<(Duration, Du
     let length = memory.len() as u64;
     let start = Instant::now();
     let writer = Writer::open(directory, &Key::new([7; 32]), identity("one"), length)?;
-    writer.write(&[0..length / CHUNK as u64], threads, |chunk, buffer| {
-        let at = chunk as usize * CHUNK;
-        buffer.copy_from_slice(&memory[at..at + buffer.len()]);
-        Ok(())
-    })?;
+    writer.write(
+        std::slice::from_ref(&(0..length / CHUNK as u64)),
+        threads,
+        |chunk, buffer| {
+            let at = chunk as usize * CHUNK;
+            buffer.copy_from_slice(&memory[at..at + buffer.len()]);
+            Ok(())
+        },
+    )?;
     let written = Instant::now();
     let description = Description {
         guest_name: "throughput".into(),
@@ -130,9 +153,10 @@ fn save(directory: &Path, memory: &[u8], threads: usize) -> Result<(Duration, Du
     Ok((start.elapsed(), written.elapsed()))
 }
 
-fn read_back(directory: &Path, memory: &[u8]) -> Result<Duration, Box<dyn Error>> {
+fn read_back(directory: &Path, memory: &[u8]) -> Result<(Duration, Duration), Box<dyn Error>> {
     let start = Instant::now();
     let reader = Reader::open(directory, &Key::new([7; 32]), &identity("two"))?;
+    let opened = start.elapsed();
     let mut buffer = ChunkBuffer::new(Lane::CHUNKS);
     for first in (0..reader.chunks()).step_by(Lane::CHUNKS) {
         let count = Lane::CHUNKS.min((reader.chunks() - first) as usize);
@@ -142,5 +166,5 @@ fn read_back(directory: &Path, memory: &[u8]) -> Result<Duration, Box<dyn Error>
             return Err("read other bytes than were written".into());
         }
     }
-    Ok(start.elapsed())
+    Ok((opened, start.elapsed()))
 }

@@ -1,9 +1,11 @@
 //! The power is cut at every change of the file system.
 
+use std::slice;
+
 use understudy_vmm_control::session::{CONSUMED, Refusal};
 
 use crate::sim::{self, Disk};
-use crate::{CHUNK, Writer};
+use crate::{CHUNK, SaveError, Writer};
 
 const SEEDS: u64 = 24;
 
@@ -25,20 +27,26 @@ fn a_save_cut_at_any_point_leaves_no_checkpoint_or_a_whole_one() {
         disk.cut_at(cut);
         let save = || {
             let bytes = memory.len() as u64;
-            let writer = Writer::begin(disk.directory(), &sim::key(), sim::saving_identity(), bytes).ok()?;
-            let filled = writer.write(&[0..sim::CHUNKS as u64], 1, |chunk, buffer| {
+            let writer = Writer::begin(disk.directory(), &sim::key(), sim::saving_identity(), bytes)?;
+            writer.write(slice::from_ref(&(0..sim::CHUNKS as u64)), 1, |chunk, buffer| {
                 let start = chunk as usize * CHUNK;
                 buffer.copy_from_slice(&memory[start..start + buffer.len()]);
                 Ok(())
-            });
-            filled.ok()?;
-            writer.finish(&state, sim::description(sim::CHUNKS)).ok()
+            })?;
+            writer.finish(&state, sim::description(sim::CHUNKS))
         };
-        let finished = save().is_some();
+        let result = save().map(|_| ());
+        let finished = result.is_ok();
         assert_eq!(finished, cut > last);
         for seed in 0..SEEDS {
             match reads_back(&disk.crashed(seed), &memory, &state) {
-                Ok(()) => whole += 1,
+                Ok(()) => {
+                    whole += 1;
+                    assert!(
+                        matches!(result, Ok(()) | Err(SaveError::Unsettled { .. })),
+                        "cut at {cut}, seed {seed}: a checkpoint of which the VMM does not know"
+                    );
+                }
                 Err(refusal) => {
                     assert_eq!(refusal, Refusal::CheckpointMissing, "cut at {cut}, seed {seed}");
                     assert!(!finished, "seed {seed}: a finished save is lost");
@@ -72,10 +80,16 @@ fn a_checkpoint_voided_up_to_any_point_is_whole_or_refused() {
     for cut in first..=last + 1 {
         let (disk, saved) = save();
         disk.cut_at(cut);
-        let voided = saved.void().is_ok();
+        let settled = match saved.void() {
+            Ok(()) | Err(SaveError::Io { .. }) => true,
+            Err(error) => {
+                assert!(matches!(error, SaveError::Unsettled { .. }), "{error}");
+                false
+            }
+        };
         for seed in 0..SEEDS {
             let result = reads_back(&disk.crashed(seed), &memory, b"state");
-            if voided {
+            if settled {
                 assert_eq!(result, Err(Refusal::CheckpointMissing));
             }
             assert!(
@@ -124,4 +138,45 @@ fn a_mark_is_a_mark_whatever_it_holds() {
     sim::open(&disk).unwrap().mark_consumed().unwrap();
     disk.replace(CONSUMED, Vec::new());
     assert_eq!(sim::open(&disk).err().unwrap().refusal, Refusal::CheckpointStale);
+}
+
+#[test]
+fn a_full_disk_is_named_and_the_save_goes_on_when_there_is_room_or_leaves_nothing() {
+    let memory = sim::memory(|_| 5);
+    let begin = |disk: &Disk| {
+        let bytes = memory.len() as u64;
+        Writer::begin(disk.directory(), &sim::key(), sim::saving_identity(), bytes).unwrap()
+    };
+    let copy = |chunk: u64, buffer: &mut [u8]| {
+        let start = chunk as usize * CHUNK;
+        buffer.copy_from_slice(&memory[start..start + buffer.len()]);
+        Ok(())
+    };
+    let all = slice::from_ref(&(0..sim::CHUNKS as u64));
+
+    let disk = Disk::default();
+    let writer = begin(&disk);
+    disk.set_full(true);
+    let error = writer.write(all, 2, copy).unwrap_err();
+    assert!(matches!(error, SaveError::Full { .. }), "{error}");
+    let message = error.to_string();
+    assert!(
+        message.contains("/checkpoint/memory") && message.contains("make room"),
+        "{message}"
+    );
+    disk.set_full(false);
+    writer.write(all, 2, copy).unwrap();
+    writer.finish(b"state", sim::description(sim::CHUNKS)).unwrap();
+    assert_eq!(reads_back(&disk, &memory, b"state"), Ok(()));
+
+    let disk = Disk::default();
+    let writer = begin(&disk);
+    writer.write(all, 2, copy).unwrap();
+    disk.set_full(true);
+    let error = writer
+        .finish(b"state", sim::description(sim::CHUNKS))
+        .err()
+        .unwrap();
+    assert!(matches!(error, SaveError::Full { .. }), "{error}");
+    assert_eq!(disk.file_names(), Vec::<String>::new());
 }

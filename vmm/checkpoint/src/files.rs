@@ -186,15 +186,17 @@ impl Directory for HostDirectory {
                 .iter()
                 .map(|file| thread::Builder::new().spawn_scoped(scope, || file.sync()))
                 .collect();
-            syncs.into_iter().fold(Ok(()), |result, sync| {
+            let mut result = Ok(());
+            for sync in syncs {
                 let own = match sync {
                     Ok(sync) => sync
                         .join()
                         .unwrap_or_else(|_| Err(io::Error::other("a syncing thread panicked"))),
                     Err(error) => Err(error),
                 };
-                result.and(own)
-            })
+                result = result.and(own);
+            }
+            result
         })
     }
 

@@ -157,7 +157,7 @@ const DIGITS: usize = 64;
 impl Manifest {
     /// Whether its numbers fit one another; else what does not.
     pub(crate) fn check(&self) -> Result<(), String> {
-        let bytes = self.memory_mib.checked_mul(1 << 20).unwrap_or(u64::MAX);
+        let bytes = self.memory_mib.saturating_mul(1 << 20);
         if bytes > MAX_MEMORY || bytes == 0 {
             return Err(format!(
                 "{} MiB of memory, where 1 to {} are possible",
@@ -342,4 +342,82 @@ fn unhex<const N: usize>(text: &[u8]) -> Option<[u8; N]> {
         *byte = digit(pair[0])? << 4 | digit(pair[1])?;
     }
     Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sim;
+
+    fn decode(text: &str) -> Result<Manifest, RefusedCheckpoint> {
+        Manifest::decode(
+            text.as_bytes(),
+            Path::new("manifest.json"),
+            &sim::key(),
+            &sim::resuming_identity(),
+        )
+        .map(|(manifest, _)| manifest)
+    }
+
+    fn saved() -> String {
+        let disk = sim::saved(&sim::memory(|_| 1), b"state");
+        String::from_utf8(disk.content("manifest.json")).unwrap()
+    }
+
+    /// Makes the checksum right again.
+    fn summed(text: &str) -> String {
+        let start = 1 + DIGEST_KEY.len() + DIGITS + 2;
+        format!(
+            "{{{DIGEST_KEY}{}\",{}",
+            sha256(&text.as_bytes()[start..]),
+            &text[start..]
+        )
+    }
+
+    #[test]
+    fn the_manifest_is_json_that_any_tool_reads() {
+        let value: serde_json::Value = serde_json::from_str(&saved()).unwrap();
+        assert_eq!(value["format"], FORMAT);
+        assert_eq!(value["manifest"]["guestName"], "default/web");
+        assert_eq!(value["manifest"]["disks"][0]["writeSession"], 4);
+    }
+
+    #[test]
+    fn a_newer_format_is_incompatible_and_not_damaged() {
+        let newer = saved().replace("\"format\": 1,", "\"format\": 2,");
+        assert_eq!(decode(&newer).unwrap_err().refusal, Refusal::CheckpointDamaged);
+        let refused = decode(&summed(&newer)).unwrap_err();
+        assert_eq!(refused.refusal, Refusal::CheckpointIncompatible);
+        assert!(refused.message.contains("version 2"), "{refused}");
+    }
+
+    #[test]
+    fn a_manifest_that_was_changed_by_who_has_no_key_is_damaged() {
+        let changed = saved().replace("\"writeSession\": 4", "\"writeSession\": 5");
+        let refused = decode(&summed(&changed)).unwrap_err();
+        assert_eq!(refused.refusal, Refusal::CheckpointDamaged);
+        assert!(refused.message.contains("signature"), "{refused}");
+        // The checksum is made right by `summed`: an unchanged manifest passes.
+        decode(&summed(&saved())).unwrap();
+    }
+
+    #[test]
+    fn numbers_that_do_not_fit_one_another_are_refused() {
+        let good = decode(&saved()).unwrap();
+        assert_eq!(good.check(), Ok(()));
+        let change = |change: fn(&mut Manifest)| {
+            let mut manifest = good.clone();
+            change(&mut manifest);
+            manifest.check()
+        };
+        assert!(change(|m| m.chunks += 1).is_err());
+        assert!(change(|m| m.chunk_bytes = 4096).is_err());
+        assert!(change(|m| m.memory_mib = 0).is_err());
+        assert!(change(|m| m.memory_mib = u64::MAX).is_err());
+        assert!(change(|m| m.ram[0].offset = 4096).is_err());
+        assert!(change(|m| m.ram[0].length = u64::MAX).is_err());
+        assert!(change(|m| m.ram.push(m.ram[0])).is_err());
+        assert!(change(|m| m.index.length += 24).is_err());
+        assert!(change(|m| m.state.length = u64::MAX).is_err());
+    }
 }

@@ -92,7 +92,7 @@ fn zero_memory_takes_no_room_on_disk() {
     let chunks = memory_bytes / CHUNK as u64;
     let writer = Writer::open(dir.path(), &sim::key(), sim::saving_identity(), memory_bytes).unwrap();
     writer
-        .write(&[0..chunks], 2, |_, buffer| {
+        .write(std::slice::from_ref(&(0..chunks)), 2, |_, buffer| {
             buffer.fill(0);
             Ok(())
         })

@@ -44,6 +44,8 @@ struct Content {
     pending_names: Vec<NameChange>,
     steps: u64,
     cut_at: Option<u64>,
+    /// No change gets through, for want of room.
+    full: bool,
 }
 
 /// The disk; clones are the same one.
@@ -106,6 +108,11 @@ impl Disk {
     /// Cuts the power at the change with this number: it and all later ones fail.
     pub fn cut_at(&self, step: u64) {
         self.lock_content().cut_at = Some(step);
+    }
+
+    /// Uses up all room, or gives some back.
+    pub fn set_full(&self, full: bool) {
+        self.lock_content().full = full;
     }
 
     /// What the disk holds after the power came back.
@@ -176,6 +183,9 @@ impl Disk {
 
     fn step(&self, change: impl FnOnce(&mut Content)) -> io::Result<()> {
         let mut content = self.lock_content();
+        if content.full {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         content.steps += 1;
         let steps = content.steps;
         match content.cut_at {
@@ -307,11 +317,14 @@ impl Directory for Disk {
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
-        self.step(|content| {
+        let full = std::mem::take(&mut self.lock_content().full);
+        let removed = self.step(|content| {
             let change = NameChange::Remove(name.to_owned());
             apply_name(&mut content.names, &change);
             content.pending_names.push(change);
-        })
+        });
+        self.set_full(full);
+        removed
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -21,7 +21,7 @@ use crate::{CHUNK, MAX_MEMORY, MAX_STATE};
 
 /// So many bytes of memory are written between two syncs in the background: the final sync has no more than
 /// this to make durable, and what runs beside it.
-const SYNC_INTERVAL: u64 = 64 << 20;
+const SYNC_INTERVAL: u64 = 256 << 20;
 
 /// Why a session could not be saved. The guest is unharmed and can run on, but see
 /// [`SaveError::Unsettled`].
@@ -149,7 +149,7 @@ impl Writer {
         identity: Identity,
         memory_bytes: u64,
     ) -> Result<Writer, SaveError> {
-        if memory_bytes == 0 || memory_bytes > MAX_MEMORY || memory_bytes % CHUNK as u64 != 0 {
+        if memory_bytes == 0 || memory_bytes > MAX_MEMORY || !memory_bytes.is_multiple_of(CHUNK as u64) {
             return Err(SaveError::Invalid {
                 reason: format!("{memory_bytes} bytes of memory"),
             });
@@ -242,7 +242,8 @@ impl Writer {
                         .spawn_scoped(scope, work)
                 })
                 .collect();
-            workers.into_iter().fold(Ok(()), |result, worker| {
+            let mut result = Ok(());
+            for worker in workers {
                 let own = match worker {
                     Ok(worker) => worker
                         .join()
@@ -253,8 +254,9 @@ impl Writer {
                         source,
                     )),
                 };
-                result.and(own)
-            })
+                result = result.and(own);
+            }
+            result
         })
     }
 

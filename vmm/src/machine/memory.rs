@@ -120,13 +120,14 @@ impl GuestRam {
         self.size
     }
 
-    /// Where the ranges are in this process: address and length, in the order of [`ranges`].
-    pub fn host_ranges(&self) -> Vec<(u64, u64)> {
-        self.mappings
-            .iter()
-            .map(|mapping| (mapping.start as u64, mapping.length as u64))
-            .collect()
-    }
+    /// Its mappings in this process: (address, offset in RAM, length), in order. Addresses are aligned to huge
+    /// pages.
+    pub fn mapped(&self) -> impl Iterator<Item = (u64, u64, u64)> + '_ {
+        self.mappings.iter().scan(0, |end, mapping| {
+            let offset = *end;
+            *end += mapping.length as u64;
+            Some((mapping.start as u64, offset, mapping.length as u64))
+        })
 
     /// Takes what device emulation has written since the last call, which KVM's log does not tell. Marks
     /// are made after the bytes are written, so that pages are copied after this, never before.
@@ -158,26 +159,6 @@ impl GuestRam {
         }
     }
 
-    /// Copies `bytes` into RAM at `offset`, counted through all ranges.
-    pub fn copy_in(&self, mut offset: u64, mut bytes: &[u8]) -> io::Result<()> {
-        for (start, first, length) in ranges(self.size) {
-            if offset < first || offset >= first + length || bytes.is_empty() {
-                continue;
-            }
-            let count = bytes.len().min((first + length - offset) as usize);
-            let (part, rest) = bytes.split_at(count);
-            self.memory
-                .write_slice(part, GuestAddress(start + offset - first))
-                .map_err(io::Error::other)?;
-            offset += count as u64;
-            bytes = rest;
-        }
-        match bytes.is_empty() {
-            true => Ok(()),
-            false => Err(io::ErrorKind::UnexpectedEof.into()),
-        }
-    }
-
     /// Which chunks of `chunk` bytes the host holds anything for: those that the guest never touched read as
     /// zeroes, and reading them would make the host allocate them. What `/proc/self/pagemap` does not tell
     /// counts as touched.
@@ -187,7 +168,7 @@ impl GuestRam {
         let file = File::open("/proc/self/pagemap")?;
         let mut touched = vec![false; self.size.div_ceil(chunk) as usize];
         let mut entries = vec![0u8; 64 << 10];
-        for ((_, offset, length), (host, _)) in ranges(self.size).into_iter().zip(self.host_ranges()) {
+        for (host, offset, length) in self.mapped() {
             let mut page = 0;
             while page < length / PAGE {
                 let count = (length / PAGE - page).min(entries.len() as u64 / 8);
@@ -208,7 +189,8 @@ impl GuestRam {
     }
 
     /// Gives every page back to the host: the guest finds zeroes, as after power-on. No vCPU and no
-    /// device may be using the memory.
+    /// device may be using the memory, and memory that is restored lazily is discarded before
+    /// ([`crate::memory_restore::LazyMemory::discard`]), or it would come from the checkpoint again.
     pub fn clear(&self) -> Result<(), MemoryError> {
         for mapping in &self.mappings {
             // SAFETY: the range is ours, and private anonymous memory reads as zeroes afterwards.

@@ -23,9 +23,9 @@ pub struct Slot {
 pub fn of(ram: &GuestRam) -> Vec<Slot> {
     ranges(ram.size())
         .into_iter()
-        .zip(ram.host_ranges())
+        .zip(ram.mapped())
         .enumerate()
-        .map(|(slot, ((guest, offset, length), (host, _)))| Slot {
+        .map(|(slot, ((guest, offset, length), (host, ..)))| Slot {
             slot: slot as u32,
             guest,
             offset,
