@@ -274,7 +274,7 @@ impl Requests {
 
     /// Carries out what can be: first the writes that waited, then what the ring holds now.
     fn process(&mut self, stop: &Stop) {
-        self.retry_held();
+        self.retry_held(stop);
         for _ in 0..self.ring.size() {
             // Not a request more once the thread shall end: who waits for it has paused the guest.
             if self.is_holding_too_much() || stop.is_asked() {
@@ -304,8 +304,9 @@ impl Requests {
         self.held.len() >= self.ring.size()
     }
 
-    fn retry_held(&mut self) {
-        while let Some(held) = self.held.pop_front() {
+    fn retry_held(&mut self, stop: &Stop) {
+        while !stop.is_asked() {
+            let Some(held) = self.held.pop_front() else { return };
             match self.execute(&held.request) {
                 Outcome::Done(status, written) => self.finish(&held.request, status, written),
                 Outcome::Closed | Outcome::Full => {

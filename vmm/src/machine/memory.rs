@@ -128,6 +128,7 @@ impl GuestRam {
             *end += mapping.length as u64;
             Some((mapping.start as u64, offset, mapping.length as u64))
         })
+    }
 
     /// Takes what device emulation has written since the last call, which KVM's log does not tell. Marks
     /// are made after the bytes are written, so that pages are copied after this, never before.

@@ -113,10 +113,7 @@ fn frames_in_guest_ram_are_marked() {
     let at = bench.offered[0].1;
     bench.receive();
     bench.device.suspend().unwrap();
-    assert!(
-        bench.driver.is_marked(at, 12 + 1400),
-        "by readv into guest RAM"
-    );
+    assert!(bench.driver.is_marked(at, 12 + 1400), "by readv into guest RAM");
     assert!(bench.driver.queues[0].is_marked_used(&bench.driver));
     assert!(!bench.driver.is_marked(at + 0x10_0000, 1));
 }

@@ -220,12 +220,13 @@ impl Bus {
             .try_for_each(|function| function.suspend())
     }
 
-    /// Has all functions go on.
+    /// Has all functions go on, whether or not one of them fails; the first failure is returned.
     pub fn resume(&mut self) -> Result<(), DeviceError> {
         self.functions
             .iter_mut()
             .flatten()
-            .try_for_each(|function| function.resume())
+            .map(|function| function.resume())
+            .fold(Ok(()), Result::and)
     }
 
     /// State of the bus and of all functions, which are suspended.

@@ -119,11 +119,11 @@ fn a_resumed_guest_is_told_that_its_streams_are_gone_and_new_ones_work() {
             suspended.guest.driver.read(at, 8),
             [0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]
         );
-        let (_, port) = suspended.guest.established();
+        let (_new, port) = suspended.guest.established();
         assert_ne!(port, old_port, "the guest may still hold the old stream");
         // Told once.
         let head = offer(&mut suspended);
-        suspended.guest.established();
+        let _later = suspended.guest.established();
         assert!(!suspended.guest.driver.queues[2].is_used(head));
     }
 }
@@ -132,7 +132,7 @@ fn a_resumed_guest_is_told_that_its_streams_are_gone_and_new_ones_work() {
 fn a_guest_that_boots_is_told_of_no_reset() {
     let mut guest = Guest::new();
     let head = guest.driver.queues[2].offer(&[writable(BUFFERS + 0x40_0000, 8)]);
-    guest.established();
+    let _stream = guest.established();
     assert!(!guest.driver.queues[2].is_used(head));
 }
 
