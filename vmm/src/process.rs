@@ -16,7 +16,7 @@ use crate::memory_restore::Userfault;
 use crate::seccomp;
 #[cfg(doc)]
 use crate::supervisor::ResumeError;
-use crate::supervisor::{Supervisor, resume, validate};
+use crate::supervisor::{Supervisor, validate};
 
 /// Logs to stderr with UTC timestamps in microseconds; `RUST_LOG` selects, `info` is the default.
 pub fn log_to_stderr() {
@@ -37,7 +37,7 @@ pub fn run(path: &Path, started: Instant) -> Result<bool, Box<dyn Error>> {
     return_freed_memory();
     let config = validate::read(path)?;
     // Before the process is confined: afterwards it may not open one.
-    let userfault = config.resume.is_some().then(Userfault::open).transpose();
+    let userfault = config.resume.is_some().then(Userfault::open);
     seccomp::confine()?;
     // Before any thread: all inherit the mask.
     let signals = block_stop_signals()?;
@@ -55,7 +55,7 @@ pub fn run(path: &Path, started: Instant) -> Result<bool, Box<dyn Error>> {
         .map_err(|error| format!("paths.control: listening on {}: {error}", control.display()))?;
     let _sockets = Sockets(vec![control, config.vsock.socket.clone()]);
     let role = config.role;
-    let (supervisor, events) = match (config.resume.clone(), resume::faults(userfault)?) {
+    let (supervisor, events) = match (config.resume.clone(), userfault) {
         (Some(resume), Some(userfault)) => Supervisor::resume(config, &resume, userfault, started)?,
         _ => {
             let (supervisor, events) = Supervisor::new(config)?;

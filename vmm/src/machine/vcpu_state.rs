@@ -154,7 +154,10 @@ impl Abilities {
             .map(|msr| format!("{:#x}", msr.index))
             .collect();
         if !missing.is_empty() {
-            return lacks(format!("this host's KVM does not know MSRs {}", missing.join(", ")));
+            return lacks(format!(
+                "this host's KVM does not know MSRs {}",
+                missing.join(", ")
+            ));
         }
         if state.xsave.len() > self.xsave_words {
             return lacks(format!(
@@ -164,7 +167,9 @@ impl Abilities {
             ));
         }
         if matches!(state.system, SystemRegisters::V2(_)) && !self.sregs2 {
-            return lacks("its system registers need KVM_CAP_SREGS2 (Linux 5.14), which this host lacks".into());
+            return lacks(
+                "its system registers need KVM_CAP_SREGS2 (Linux 5.14), which this host lacks".into(),
+            );
         }
         let apart = state.tsc_khz.abs_diff(host_khz);
         if !self.tsc_scaling && u64::from(apart) * 1000 > u64::from(host_khz) * u64::from(TSC_TOLERANCE) {
@@ -189,9 +194,7 @@ pub fn save(vcpu: &VcpuFd, id: usize, abilities: &Abilities) -> Result<VcpuState
     let system = read_system(vcpu, abilities).map_err(failed("reading system registers"))?;
     let xsave = read_xsave(vcpu, abilities).map_err(failed("reading extended registers"))?;
     let xcrs = vcpu.get_xcrs().map_err(failed("reading XCR0"))?;
-    let debug = vcpu
-        .get_debug_regs()
-        .map_err(failed("reading debug registers"))?;
+    let debug = vcpu.get_debug_regs().map_err(failed("reading debug registers"))?;
     let lapic = vcpu.get_lapic().map_err(failed("reading its local APIC"))?;
     let tsc_khz = vcpu
         .get_tsc_khz()
@@ -321,10 +324,7 @@ fn write_xsave(vcpu: &VcpuFd, words: &[u32], abilities: &Abilities) -> Result<()
     let extra = abilities.xsave_words - XSAVE_WORDS;
     let mut xsave = Xsave::new(extra).map_err(|_| kvm_ioctls::Error::new(libc::ENOMEM))?;
     let (region, rest) = words.split_at_checked(XSAVE_WORDS).ok_or_else(invalid)?;
-    let to = xsave
-        .as_mut_slice()
-        .get_mut(..rest.len())
-        .ok_or_else(invalid)?;
+    let to = xsave.as_mut_slice().get_mut(..rest.len()).ok_or_else(invalid)?;
     to.copy_from_slice(rest);
     // SAFETY: the length of the flexible part is not touched.
     unsafe { xsave.as_mut_fam_struct() }
@@ -368,7 +368,9 @@ fn write_msrs(vcpu: &VcpuFd, id: usize, msrs: &[Msr]) -> Result<(), VcpuStateErr
         let set = batch(&entries)
             .and_then(|msrs| vcpu.set_msrs(&msrs))
             .map_err(failed(id, "setting MSRs"))?;
-        let Some(refused) = rest.get(set) else { return Ok(()) };
+        let Some(refused) = rest.get(set) else {
+            return Ok(());
+        };
         // Some can be read and not written, such as those that tell what the CPU can do: it matters only
         // whether they differ.
         let has = read_msrs(vcpu, &[refused.index]).map_err(failed(id, "reading an MSR"))?;

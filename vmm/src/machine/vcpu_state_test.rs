@@ -46,7 +46,9 @@ fn state(id: usize) -> Option<(VcpuState, Abilities)> {
 fn a_vcpu_saved_restored_and_saved_again_has_the_same_state() {
     for id in 0..2 {
         let Some((first, _)) = state(id) else { return };
-        let Some((kvm, vm, vcpus, template)) = machine(2) else { return };
+        let Some((kvm, vm, vcpus, template)) = machine(2) else {
+            return;
+        };
         let abilities = Abilities::of(&kvm, &vm).unwrap();
         let cpuid = cpuid::for_vcpu(&template, id as u8, 2).unwrap();
         let text = serde_json::to_vec(&first).unwrap();
@@ -72,7 +74,9 @@ fn a_vcpu_saved_restored_and_saved_again_has_the_same_state() {
 
 #[test]
 fn the_deadline_is_the_last_msr_that_is_set_and_the_tsc_comes_before_it() {
-    let Some((mut first, abilities)) = state(0) else { return };
+    let Some((mut first, abilities)) = state(0) else {
+        return;
+    };
     // The timer of the local APIC in TSC-deadline mode: vector 0x40, masked, enabled by the spurious vector.
     first.lapic.regs[0xf0..0xf2].copy_from_slice(&[0xff_u8 as i8, 1]);
     first.lapic.regs[0x320..0x323].copy_from_slice(&[0x40, 0, 5]);
@@ -84,7 +88,9 @@ fn the_deadline_is_the_last_msr_that_is_set_and_the_tsc_comes_before_it() {
         eprintln!("SKIPPED: no TSC deadline timer");
         return;
     }
-    let Some((_kvm, _vm, vcpus, template)) = machine(2) else { return };
+    let Some((_kvm, _vm, vcpus, template)) = machine(2) else {
+        return;
+    };
     let cpuid = cpuid::for_vcpu(&template, 0, 2).unwrap();
     restore(&vcpus[0], 0, &cpuid, &first, &abilities).unwrap();
     let again = read_msrs(&vcpus[0], &[TSC_DEADLINE]).unwrap();
@@ -93,14 +99,19 @@ fn the_deadline_is_the_last_msr_that_is_set_and_the_tsc_comes_before_it() {
 
 #[test]
 fn what_the_host_lacks_is_named() {
-    let Some((first, abilities)) = state(0) else { return };
+    let Some((first, abilities)) = state(0) else {
+        return;
+    };
     let mut foreign = first.clone();
     foreign.msrs.push(Msr {
         index: 0x1234_5678,
         data: 1,
     });
     let error = abilities.check(0, &foreign, first.tsc_khz).unwrap_err();
-    assert!(error.is_incompatible() && error.to_string().contains("0x12345678"), "{error}");
+    assert!(
+        error.is_incompatible() && error.to_string().contains("0x12345678"),
+        "{error}"
+    );
     let mut wide = first.clone();
     wide.xsave.resize(1 << 16, 0);
     let error = abilities.check(0, &wide, first.tsc_khz).unwrap_err();
@@ -113,7 +124,9 @@ fn what_the_host_lacks_is_named() {
 
 #[test]
 fn an_msr_that_does_not_take_its_value_is_an_error_by_its_number() {
-    let Some((_kvm, _vm, vcpus, _)) = machine(1) else { return };
+    let Some((_kvm, _vm, vcpus, _)) = machine(1) else {
+        return;
+    };
     let msr = Msr {
         index: 0x1234_5678,
         data: 7,
@@ -142,15 +155,22 @@ fn tscs_that_were_read_one_after_the_other_are_saved_for_one_instant() {
 
 #[test]
 fn interrupt_controllers_timer_and_clock_are_restored_and_time_goes_on() {
-    let Some((_kvm, vm, _vcpus, _)) = machine(1) else { return };
+    let Some((_kvm, vm, _vcpus, _)) = machine(1) else {
+        return;
+    };
     let mut first = vm_state::save(&vm).unwrap();
     first.clock_ns = 123_456_789_000;
-    let Some((_kvm, other, _vcpus, _)) = machine(1) else { return };
+    let Some((_kvm, other, _vcpus, _)) = machine(1) else {
+        return;
+    };
     vm_state::restore(&other, &first).unwrap();
     vm_state::restore_clock(&other, &first).unwrap();
     let second = vm_state::save(&other).unwrap();
     let bytes = |state: &vm_state::ChipsetState| serde_json::to_vec(&state.controllers).unwrap();
     assert_eq!(bytes(&second), bytes(&first));
     let passed = second.clock_ns - first.clock_ns;
-    assert!(passed < 10_000_000_000, "{passed} ns have passed: not the host's time");
+    assert!(
+        passed < 10_000_000_000,
+        "{passed} ns have passed: not the host's time"
+    );
 }

@@ -9,8 +9,10 @@ mod disks;
 pub mod fence;
 mod lease;
 mod operations;
+mod precopy;
 pub mod resume;
 mod save;
+mod save_job;
 mod session;
 pub mod validate;
 
@@ -97,7 +99,7 @@ pub struct Supervisor {
     /// While a boot is put together or a session is paused to be saved: what held before.
     before: Mutex<Option<VmInfo>>,
     /// The last save, whatever became of it.
-    last_save: Mutex<Option<Arc<save::Job>>>,
+    last_save: Mutex<Option<Arc<save_job::Job>>>,
     lease_changed: Condvar,
     stop_asked: AtomicBool,
 }
@@ -121,7 +123,7 @@ struct Inner {
     vcpus_closed: bool,
     lease: Option<Instant>,
     /// The save that goes on, until the session is saved.
-    saving: Option<Arc<save::Job>>,
+    saving: Option<Arc<save_job::Job>>,
     /// The session is saved.
     saved: Option<save::SavedSession>,
     /// The guest was resumed, and has not been reset since.
@@ -229,13 +231,7 @@ impl Supervisor {
     fn assemble(&self, inner: &mut Inner) -> Result<(), StartError> {
         let devices = match inner.devices.take() {
             Some(devices) => devices,
-            None => Devices::open(
-                &self.config,
-                &inner.platform,
-                &self.gates,
-                &self.counters,
-                None,
-            )?,
+            None => Devices::open(&self.config, &inner.platform, &self.gates, &self.counters, None)?,
         };
         let devices = inner.devices.insert(devices);
         let payload = boot::find(&self.config.boot, devices.root())?;
@@ -337,7 +333,9 @@ impl Supervisor {
             && let Err(error) = resumed.discard()
         {
             tracing::error!(%error, "the guest was reset, and its memory cannot be cleared");
-            inner.exit_reason = Some(format!("the guest was reset, and its memory cannot be cleared: {error}"));
+            inner.exit_reason = Some(format!(
+                "the guest was reset, and its memory cannot be cleared: {error}"
+            ));
             self.halt(inner);
             inner.state = VmState::Exited;
             return;
@@ -353,7 +351,11 @@ impl Supervisor {
 
     /// Ends vCPUs and devices, and makes written data durable.
     fn halt(&self, inner: &mut Inner) {
-        if inner.resumed.as_ref().is_some_and(|resumed| resumed.error().is_some()) {
+        if inner
+            .resumed
+            .as_ref()
+            .is_some_and(|resumed| resumed.error().is_some())
+        {
             // vCPUs and devices may wait for memory that will never come, and hold what a flush needs: they
             // end with the process. What the guest was told is durable is so already.
             std::mem::forget(inner.assembly.take());

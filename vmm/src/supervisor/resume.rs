@@ -89,21 +89,18 @@ fn incompatible(error: impl std::fmt::Display) -> ResumeError {
     refuse(Refusal::CheckpointIncompatible, error.to_string())
 }
 
-/// A kernel that has no userfaultfd, or not for this process, is a host that cannot resume.
-pub fn faults(opened: Result<Option<Userfault>, UserfaultError>) -> Result<Option<Userfault>, ResumeError> {
-    opened.map_err(incompatible)
-}
-
 impl Supervisor {
-    /// Resumes the session that `resume` names; the process has `started` then, and had `userfault` before it
-    /// was confined. When this returns the guest runs.
+    /// Resumes the session that `resume` names; the process has `started` then, and tried to open
+    /// `userfault` before it was confined. When this returns the guest runs.
     pub fn resume(
         config: VmConfig,
         resume: &Resume,
-        userfault: Userfault,
+        userfault: Result<Userfault, UserfaultError>,
         started: Instant,
     ) -> Result<(Arc<Supervisor>, Receiver<Event>), ResumeError> {
-        let key = Key::read(&resume.key).map_err(|error| refuse(Refusal::CheckpointKey, error.to_string()))?;
+        let userfault = userfault.map_err(incompatible)?;
+        let key =
+            Key::read(&resume.key).map_err(|error| refuse(Refusal::CheckpointKey, error.to_string()))?;
         let identity = Identity {
             checkpoint: resume.checkpoint,
             guest_uid: resume.guest_uid.clone(),

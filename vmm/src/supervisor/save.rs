@@ -5,146 +5,29 @@
 //! and not written yet. A write that fails ends the save: nothing of it is used, and nothing is lost with
 //! it. A saved guest runs on only after its checkpoint was made void: see [`Supervisor::void`].
 
-use std::ops::Range;
+use std::mem;
 use std::path::Path;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
-use std::{io, mem};
 
-use understudy_checkpoint::{CHUNK, Description, Identity, Key, KeyError, SaveError, Saved, Writer};
+use understudy_checkpoint::{CHUNK, Description, Identity, Key, SaveError, Saved, Writer};
 use understudy_vmm_control::api::VmState;
 use understudy_vmm_control::session::{CancelSave, KeepSaved, SaveInfo, SaveRequest, SaveState};
 
-use super::fence::{self, FenceError};
+use super::fence;
 use super::operations::{OperationError, conflict, failed};
-use super::session::{CaptureError, Compatibility, SessionState, ram_ranges, saved_disk};
+use super::precopy::{Source, pre_copy, runs, write};
+use super::save_job::{Failure, Job, Stop};
+use super::session::{Compatibility, SessionState, ram_ranges, saved_disk};
 use super::{Inner, Supervisor};
 use crate::block::Disk;
-use crate::machine::dirty::{DirtyLog, DirtyLogError, PageSet};
-use crate::machine::memory::GuestRam;
-use crate::persist::StateError;
-use crate::virtio::device::DeviceError;
+use crate::machine::dirty::{DirtyLog, PageSet};
 
 /// Longest lease of a saved guest.
 const MAX_LEASE_MS: u64 = 3_600_000;
-/// Most rounds while the guest runs; a guest that writes faster than the disk is paused then.
-const MAX_ROUNDS: u32 = 30;
-/// What the disk is taken to write in a second until it was measured.
-const ASSUMED_RATE: f64 = 200e6;
-/// Least bytes of a round by which the disk is measured.
-const MEASURED: u64 = 4 << 20;
-/// How long a cancelled save may take to end.
-const CANCEL_TIME: Duration = Duration::from_secs(60);
 /// After which time a lapsed lease is tried again whose checkpoint could not be made void.
 const VOID_RETRY: Duration = Duration::from_secs(1);
-
-/// Why a save failed. The guest runs on.
-#[derive(Debug, thiserror::Error)]
-enum Failure {
-    #[error("the save was cancelled")]
-    Cancelled,
-    #[error("{0}")]
-    Overtaken(String),
-    #[error(transparent)]
-    Key(#[from] KeyError),
-    #[error(transparent)]
-    Write(#[from] SaveError),
-    #[error(transparent)]
-    Log(#[from] DirtyLogError),
-    #[error("telling which memory the guest has touched: {0}")]
-    Touched(io::Error),
-    #[error(transparent)]
-    Capture(#[from] CaptureError),
-    #[error(transparent)]
-    State(#[from] StateError),
-    #[error("stopping the devices: {0}")]
-    Devices(#[from] DeviceError),
-    #[error("flushing the disks: {0}")]
-    Flush(io::Error),
-    #[error(transparent)]
-    Fence(#[from] FenceError),
-    #[error("describing the session: {0}")]
-    Describe(serde_json::Error),
-}
-
-/// One save, shared by its thread and the control API.
-pub(super) struct Job {
-    request: SaveRequest,
-    info: Mutex<SaveInfo>,
-    changed: Condvar,
-    /// Why it shall end early.
-    stop: Mutex<Option<Stop>>,
-}
-
-enum Stop {
-    Cancelled,
-    Overtaken(&'static str),
-}
-
-impl Job {
-    fn new(request: SaveRequest, memory_bytes: u64) -> Job {
-        let info = SaveInfo {
-            checkpoint: request.checkpoint,
-            state: SaveState::PreCopying,
-            rounds: 0,
-            memory_bytes,
-            written_bytes: 0,
-            remaining_bytes: memory_bytes,
-            checkpoint_bytes: 0,
-            pause_us: None,
-            error: None,
-        };
-        Job {
-            request,
-            info: Mutex::new(info),
-            changed: Condvar::new(),
-            stop: Mutex::default(),
-        }
-    }
-
-    fn info(&self) -> MutexGuard<'_, SaveInfo> {
-        self.info.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn update(&self, change: impl FnOnce(&mut SaveInfo)) {
-        change(&mut self.info());
-        self.changed.notify_all();
-    }
-
-    fn ask_to_stop(&self, reason: Stop) {
-        let mut stop = self.stop.lock().unwrap_or_else(PoisonError::into_inner);
-        stop.get_or_insert(reason);
-    }
-
-    /// The guest's machine is not the one any more that is being saved.
-    pub(super) fn overtaken(&self, by: &'static str) {
-        self.ask_to_stop(Stop::Overtaken(by));
-    }
-
-    fn check(&self) -> Result<(), Failure> {
-        match &*self.stop.lock().unwrap_or_else(PoisonError::into_inner) {
-            None => Ok(()),
-            Some(Stop::Cancelled) => Err(Failure::Cancelled),
-            Some(Stop::Overtaken(by)) => Err(Failure::Overtaken((*by).to_owned())),
-        }
-    }
-
-    /// Waits until its thread has ended, and tells how.
-    fn wait(&self) -> Result<SaveState, OperationError> {
-        let running = |info: &mut SaveInfo| matches!(info.state, SaveState::PreCopying | SaveState::Pausing);
-        let (info, _) = self
-            .changed
-            .wait_timeout_while(self.info(), CANCEL_TIME, running)
-            .unwrap_or_else(PoisonError::into_inner);
-        match info.state {
-            SaveState::PreCopying | SaveState::Pausing => Err(failed(
-                "save/cancel: the save has not ended yet, the disk is slow to answer; ask again",
-            )),
-            state => Ok(state),
-        }
-    }
-}
 
 /// A guest that is saved, and paused.
 pub(super) struct SavedSession {
@@ -157,14 +40,6 @@ pub(super) struct SavedSession {
     pub(super) lease: Instant,
     /// Disks whose merge was stopped.
     merging: Vec<Arc<Disk>>,
-}
-
-/// What a save looks at while the guest runs.
-struct Source {
-    boots: u64,
-    ram: Arc<GuestRam>,
-    log: DirtyLog,
-    disks: Vec<Arc<Disk>>,
 }
 
 impl Supervisor {
@@ -288,7 +163,11 @@ impl Supervisor {
         };
         tracing::warn!(%failure, "the session is not saved; the guest runs on");
         let mut inner = self.lock();
-        if inner.saving.as_ref().is_some_and(|saving| Arc::ptr_eq(saving, job)) {
+        if inner
+            .saving
+            .as_ref()
+            .is_some_and(|saving| Arc::ptr_eq(saving, job))
+        {
             inner.saving = None;
         }
         drop(inner);
@@ -583,119 +462,5 @@ fn give_up(writer: Writer, directory: &Path) {
     if let Err(error) = writer.abort() {
         // They are no checkpoint, and the next save there removes them.
         tracing::warn!(%error, directory = %directory.display(), "removing what was written");
-    }
-}
-
-/// Writes all memory while the guest runs, and again what it has written meanwhile, until what is left fits
-/// the pause. Returns what is left.
-fn pre_copy(job: &Job, writer: &Writer, source: &Source) -> Result<PageSet, Failure> {
-    // After the log was switched on: what is touched from now on is in the log.
-    let touched = source.ram.touched(CHUNK as u64).map_err(Failure::Touched)?;
-    let (mut chunks, mut zero) = (Vec::new(), Vec::new());
-    for (chunk, touched) in (0..).zip(&touched) {
-        match touched {
-            true => chunks.push(chunk),
-            false => zero.push(chunk),
-        }
-    }
-    for run in runs(&zero) {
-        writer.zero(run);
-    }
-    job.update(|info| info.remaining_bytes = (chunks.len() * CHUNK) as u64);
-    let target = Duration::from_millis(job.request.target_pause_ms);
-    let mut rate = ASSUMED_RATE;
-    let mut before = u64::MAX;
-    for round in 1.. {
-        let (begun, written) = (Instant::now(), writer.progress().written_bytes);
-        write(writer, &runs(&chunks), &source.ram, || {
-            let now = writer.progress().written_bytes;
-            job.update(|info| info.written_bytes = now);
-            job.check()
-        })?;
-        let wrote = writer.progress().written_bytes - written;
-        if wrote >= MEASURED {
-            rate = wrote as f64 / begun.elapsed().as_secs_f64();
-        }
-        let mut dirty = PageSet::empty(source.ram.size());
-        source.log.collect(&source.ram, &mut dirty)?;
-        chunks = dirty.chunks(CHUNK as u64);
-        let left = (chunks.len() * CHUNK) as u64;
-        job.update(|info| {
-            info.rounds = round;
-            info.remaining_bytes = left;
-        });
-        job.check()?;
-        tracing::debug!(round, wrote, left, rate, "a round is written");
-        if is_enough(round, left, before, rate, target) {
-            return Ok(dirty);
-        }
-        before = left;
-        writer.begin_round();
-    }
-    Err(Failure::Cancelled)
-}
-
-/// Whether the guest is to be paused now, with `left` bytes to be written at `rate` bytes a second.
-fn is_enough(round: u32, left: u64, before: u64, rate: f64, target: Duration) -> bool {
-    let fits = left as f64 / rate <= target.as_secs_f64();
-    // Less than an eighth less than after the round before.
-    let stuck = left > before - before / 8;
-    fits || stuck || round >= MAX_ROUNDS
-}
-
-fn write(
-    writer: &Writer,
-    ranges: &[Range<u64>],
-    ram: &GuestRam,
-    check: impl Fn() -> Result<(), Failure> + Sync,
-) -> Result<(), Failure> {
-    let threads = thread::available_parallelism().map_or(1, |n| n.get().min(4));
-    let bytes: u64 = ranges.iter().map(|range| range.end - range.start).sum();
-    // A thread costs more than a few chunks.
-    let threads = threads.min(bytes.div_ceil(32).max(1) as usize);
-    let result = writer.write(ranges, threads, |chunk, buffer| {
-        check().map_err(|_| io::Error::from(io::ErrorKind::Interrupted))?;
-        ram.copy_out(chunk * CHUNK as u64, buffer)
-    });
-    match result {
-        Err(SaveError::Fill { .. }) => {
-            check()?;
-            Ok(result?)
-        }
-        result => Ok(result?),
-    }
-}
-
-/// Ascending numbers as ranges.
-fn runs(numbers: &[u64]) -> Vec<Range<u64>> {
-    let mut runs: Vec<Range<u64>> = Vec::new();
-    for &number in numbers {
-        match runs.last_mut() {
-            Some(run) if run.end == number => run.end += 1,
-            _ => runs.push(number..number + 1),
-        }
-    }
-    runs
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_are_joined_into_ranges() {
-        assert_eq!(runs(&[]), Vec::<Range<u64>>::new());
-        assert_eq!(runs(&[1, 2, 3, 7, 9, 10]), vec![1..4, 7..8, 9..11]);
-    }
-
-    #[test]
-    fn the_guest_is_paused_when_the_rest_fits_the_pause_or_shrinks_no_more() {
-        let target = Duration::from_millis(100);
-        let enough = |round, left, before| is_enough(round, left, before, 1e9, target);
-        assert!(enough(1, 1 << 20, u64::MAX), "fits");
-        assert!(!enough(1, 1 << 30, u64::MAX), "one round more");
-        assert!(!enough(2, 1 << 29, 1 << 30), "shrinks");
-        assert!(enough(3, 1 << 29, 1 << 29), "shrinks no more");
-        assert!(enough(MAX_ROUNDS, 1 << 28, 1 << 30), "for ever");
     }
 }

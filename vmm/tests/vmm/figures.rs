@@ -26,7 +26,9 @@ fn figures_of_saving_and_resuming() {
         let mut config = guest.config(1, "Active", &format!("i{mib:x}"));
         config["memoryMib"] = json!(mib);
         let vmm = guest.start(&config);
-        wait("the guest has touched its memory", || vmm.console().contains("idle"));
+        wait("the guest has touched its memory", || {
+            vmm.console().contains("idle")
+        });
         let request = request(&guest, 1);
         let begun = Instant::now();
         let info = saved(&vmm, &request);
@@ -34,7 +36,9 @@ fn figures_of_saving_and_resuming() {
         drop(vmm);
         let begun = Instant::now();
         let again = guest.start(&resuming(&config, &request));
-        wait("all memory is there", || again.info().resume.unwrap().pending_bytes == 0);
+        wait("all memory is there", || {
+            again.info().resume.unwrap().pending_bytes == 0
+        });
         let back = begun.elapsed();
         let resume = again.info().resume.unwrap();
         again.makes_progress();
@@ -43,7 +47,13 @@ fn figures_of_saving_and_resuming() {
         let plain = guest.path("plain");
         let begun = Instant::now();
         let status = Command::new("dd")
-            .args(["if=/dev/zero", "bs=1M", "oflag=direct", "conv=fsync", "status=none"])
+            .args([
+                "if=/dev/zero",
+                "bs=1M",
+                "oflag=direct",
+                "conv=fsync",
+                "status=none",
+            ])
             .arg(format!("count={mib}"))
             .arg(format!("of={}", plain.display()))
             .status()

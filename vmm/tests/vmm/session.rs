@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::process::Command;
 
 use serde_json::{Value, json};
 use understudy_vmm_control::api::{Gates, HoldRequest, VmState};
@@ -33,7 +33,10 @@ pub fn request(guest: &Guest, boot: u32) -> SaveRequest {
     fs::create_dir(&directory).unwrap();
     let key = guest.path(&format!("key-{checkpoint}"));
     let (high, low) = Uuid::new_v4().as_u64_pair();
-    let bytes: Vec<u8> = [high, low, low, high].iter().flat_map(|n| n.to_le_bytes()).collect();
+    let bytes: Vec<u8> = [high, low, low, high]
+        .iter()
+        .flat_map(|n| n.to_le_bytes())
+        .collect();
     fs::write(&key, bytes).unwrap();
     SaveRequest {
         checkpoint,
@@ -82,7 +85,9 @@ pub fn saved(vmm: &Vmm, request: &SaveRequest) -> SaveInfo {
 /// Waits until the guest has printed `more` lines beyond those it has; all are in sequence.
 fn counts_on(vmm: &Vmm, more: usize) -> Vec<[u64; 3]> {
     let before = lines(&vmm.console()).len();
-    wait("the guest counts on", || lines(&vmm.console()).len() >= before + more);
+    wait("the guest counts on", || {
+        lines(&vmm.console()).len() >= before + more
+    });
     in_sequence(&vmm.console())
 }
 
@@ -100,7 +105,8 @@ fn disk_is_consistent(guest: &Guest, lines: &[[u64; 3]]) {
     let disk = fs::File::open(guest.path("disk.raw")).unwrap();
     for [number, ..] in lines {
         let mut sector = [0; 8];
-        disk.read_exact_at(&mut sector, number / STRIDE % SECTORS * 512).unwrap();
+        disk.read_exact_at(&mut sector, number / STRIDE % SECTORS * 512)
+            .unwrap();
         let found = u64::from_le_bytes(sector);
         assert!(
             found >= *number && (found - number) % (SECTORS * STRIDE) == 0,
@@ -156,8 +162,14 @@ fn a_session_that_is_saved_under_load_goes_on_in_another_process_where_it_was() 
         again.info().resume.unwrap().pending_bytes == 0
     });
     let (last, first) = (before.last().unwrap(), after[before.len()]);
-    assert!(first[1] >= last[1] && after.last().unwrap()[1] > first[1], "the timer ticks on");
-    assert!(first[2] >= last[2] && after.last().unwrap()[2] > first[2], "the other processor counts on");
+    assert!(
+        first[1] >= last[1] && after.last().unwrap()[1] > first[1],
+        "the timer ticks on"
+    );
+    assert!(
+        first[2] >= last[2] && after.last().unwrap()[2] > first[2],
+        "the other processor counts on"
+    );
     again.client.vm("stop").unwrap();
     disk_is_consistent(&guest, &in_sequence(&again.console()));
 }
@@ -175,8 +187,13 @@ fn fifty_cycles_lose_and_repeat_nothing() {
         saved(&vmm, &request);
         drop(vmm);
         vmm = guest.start(&resuming(&config, &request));
-        assert_eq!(vmm.info().resume.expect(&vmm.stderr()).checkpoint, request.checkpoint);
-        wait("all memory is there", || vmm.info().resume.unwrap().pending_bytes == 0);
+        assert_eq!(
+            vmm.info().resume.expect(&vmm.stderr()).checkpoint,
+            request.checkpoint
+        );
+        wait("all memory is there", || {
+            vmm.info().resume.unwrap().pending_bytes == 0
+        });
         fs::remove_dir_all(&request.directory).unwrap();
     }
     let lines = counts_on(&vmm, 3);
@@ -205,22 +222,38 @@ fn a_cancelled_save_and_one_whose_lease_runs_out_let_the_guest_run_on_and_are_vo
         }
         let checkpoint = request.checkpoint;
         if lapses {
-            let keep = KeepSaved { checkpoint, lease_ms: 1 };
+            let keep = KeepSaved {
+                checkpoint,
+                lease_ms: 1,
+            };
             vmm.client.keep_saved(&keep).unwrap();
             wait("the lease runs out", || {
                 vmm.client.save().unwrap().state == SaveState::Cancelled
             });
         } else {
             let cancel = CancelSave { checkpoint };
-            assert_eq!(vmm.client.cancel_save(&cancel).unwrap().state, SaveState::Cancelled);
-            assert_eq!(vmm.client.cancel_save(&cancel).unwrap().state, SaveState::Cancelled);
+            assert_eq!(
+                vmm.client.cancel_save(&cancel).unwrap().state,
+                SaveState::Cancelled
+            );
+            assert_eq!(
+                vmm.client.cancel_save(&cancel).unwrap().state,
+                SaveState::Cancelled
+            );
         }
         assert!(!request.directory.join(MANIFEST).exists());
         assert_eq!(vmm.info().state, VmState::Running);
         assert_eq!(vmm.info().disks[0].session, session + u64::from(turn));
         counts_on(&vmm, 3);
         assert_eq!(
-            status(vmm.client.keep_saved(&KeepSaved { checkpoint, lease_ms: 1 }).unwrap_err()),
+            status(
+                vmm.client
+                    .keep_saved(&KeepSaved {
+                        checkpoint,
+                        lease_ms: 1
+                    })
+                    .unwrap_err()
+            ),
             409
         );
         request.directory = copy;
@@ -241,7 +274,9 @@ fn a_save_that_is_cancelled_while_memory_is_written_leaves_the_guest_alone() {
     let mut config = guest.config(1, "Active", "i100");
     config["memoryMib"] = json!(300);
     let vmm = guest.start(&config);
-    wait("the guest has touched its memory", || vmm.console().contains("idle"));
+    wait("the guest has touched its memory", || {
+        vmm.console().contains("idle")
+    });
     let request = request(&guest, 1);
     vmm.client.begin_save(&request).unwrap();
     let cancel = CancelSave {
@@ -269,8 +304,12 @@ fn a_save_that_fails_says_why_and_the_guest_runs_on() {
     let cases: [(&str, Break); 4] = [
         ("key", |_, request| fs::remove_file(&request.key).unwrap()),
         ("32 bytes", |_, request| fs::write(&request.key, "short").unwrap()),
-        ("foreign", |_, request| fs::write(request.directory.join("foreign"), "").unwrap()),
-        ("nowhere", |guest, request| request.directory = guest.path("nowhere")),
+        ("foreign", |_, request| {
+            fs::write(request.directory.join("foreign"), "").unwrap()
+        }),
+        ("nowhere", |guest, request| {
+            request.directory = guest.path("nowhere")
+        }),
     ];
     for (words, change) in cases {
         let mut request = request(&guest, 1);
@@ -295,9 +334,19 @@ fn a_save_on_a_full_disk_fails_and_the_guest_runs_on() {
     let vmm = guest.start(&config);
     counts_on(&vmm, 2);
     let mut request = request(&guest, 1);
-    request.directory = PathBuf::from("/dev/full-directory");
+    let full = guest.path("full");
+    fs::create_dir(&full).unwrap();
+    let mount = |args: &[&str]| Command::new(args[0]).args(&args[1..]).arg(&full).status();
+    if !mount(&["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs"]).is_ok_and(|status| status.success()) {
+        eprintln!("SKIPPED: a small file system cannot be mounted");
+        return;
+    }
+    request.directory = full.clone();
     let info = save(&vmm, &request);
+    // Whatever it was: the mount must not be left behind.
+    mount(&["umount", "--lazy"]).unwrap();
     assert_eq!(info.state, SaveState::Failed);
+    assert!(info.error.as_ref().unwrap().contains("make room"), "{info:?}");
     counts_on(&vmm, 2);
 }
 
@@ -327,7 +376,11 @@ fn what_does_not_fit_a_save_is_refused_with_words() {
     assert_eq!(status(vmm.client.begin_save(&forever).unwrap_err()), 400);
 
     saved(&vmm, &request);
-    assert_eq!(vmm.client.begin_save(&request).unwrap().state, SaveState::Saved, "asked again");
+    assert_eq!(
+        vmm.client.begin_save(&request).unwrap().state,
+        SaveState::Saved,
+        "asked again"
+    );
     for error in [
         vmm.client.hold(&hold).unwrap_err(),
         vmm.client.release().unwrap_err(),
@@ -376,7 +429,10 @@ fn a_checkpoint_that_is_not_the_guests_latest_word_is_refused_and_kept() {
             Refusal::CheckpointSameBoot,
             with(&|c| c["resume"]["hostBootId"] = json!("boot-1")),
         ),
-        (Refusal::CheckpointKey, with(&|c| c["resume"]["key"] = json!(other_key))),
+        (
+            Refusal::CheckpointKey,
+            with(&|c| c["resume"]["key"] = json!(other_key)),
+        ),
         (
             Refusal::CheckpointMissing,
             with(&|c| c["resume"]["directory"] = json!(guest.path("nowhere"))),
@@ -458,7 +514,9 @@ fn memory_that_proves_damaged_pauses_the_guest_and_keeps_everything() {
         .unwrap();
     memory.write_all_at(&[0x5a; 16], 0x40_0000).unwrap();
     let mut again = guest.start(&resuming(&config, &request));
-    wait("the damage is found", || again.info().resume.unwrap().error.is_some());
+    wait("the damage is found", || {
+        again.info().resume.unwrap().error.is_some()
+    });
     wait("the guest is paused", || again.info().state == VmState::Paused);
     let resume = again.info().resume.unwrap();
     assert!(resume.pending_bytes > 0);
@@ -495,7 +553,11 @@ fn a_process_that_is_killed_while_it_saves_leaves_a_whole_checkpoint_or_none() {
         } else {
             assert_eq!(again.end().code(), Some(REFUSED_EXIT_CODE), "{}", again.stderr());
             let log = again.stderr();
-            assert_eq!(Refusal::find(&log).unwrap().0, Refusal::CheckpointMissing, "{log}");
+            assert_eq!(
+                Refusal::find(&log).unwrap().0,
+                Refusal::CheckpointMissing,
+                "{log}"
+            );
         }
     }
     eprintln!("{whole} of 8 were whole");
