@@ -29,6 +29,8 @@ const WITHHELD_MSRS: [u32; 2] = [
     0x11,
     0x4b56_4d00,
 ];
+/// MSRs of one request: KVM takes less than 256.
+const BATCH: usize = 128;
 /// How far the host's TSC may run from the saved one's frequency, in 1/1000, where it cannot be scaled. The
 /// guest's time is that of kvm-clock, which is right in any case; its APIC timer would be off by as much.
 const TSC_TOLERANCE: u32 = 20;
@@ -341,7 +343,8 @@ fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, kvm_ioctls::Err
     let mut found = Vec::with_capacity(indices.len());
     let mut rest = indices;
     while !rest.is_empty() {
-        let entries: Vec<kvm_msr_entry> = rest.iter().map(|&index| entry(index, 0)).collect();
+        let part = &rest[..rest.len().min(BATCH)];
+        let entries: Vec<kvm_msr_entry> = part.iter().map(|&index| entry(index, 0)).collect();
         let mut msrs = batch(&entries)?;
         // KVM stops at the first that it cannot read, and tells how many it has read.
         let read = vcpu.get_msrs(&mut msrs)?;
@@ -349,7 +352,8 @@ fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, kvm_ioctls::Err
             index: entry.index,
             data: entry.data,
         }));
-        rest = rest.get(read + 1..).unwrap_or(&[]);
+        let skipped = usize::from(read < part.len());
+        rest = rest.get(read + skipped..).unwrap_or(&[]);
     }
     Ok(found)
 }
@@ -364,17 +368,19 @@ fn write_msrs(vcpu: &VcpuFd, id: usize, msrs: &[Msr]) -> Result<(), VcpuStateErr
     ordered.sort_by_key(|msr| last(msr.index));
     let mut rest = ordered.as_slice();
     while !rest.is_empty() {
-        let entries: Vec<kvm_msr_entry> = rest.iter().map(|msr| entry(msr.index, msr.data)).collect();
+        let part = &rest[..rest.len().min(BATCH)];
+        let entries: Vec<kvm_msr_entry> = part.iter().map(|msr| entry(msr.index, msr.data)).collect();
         let set = batch(&entries)
             .and_then(|msrs| vcpu.set_msrs(&msrs))
             .map_err(failed(id, "setting MSRs"))?;
-        let Some(refused) = rest.get(set) else {
-            return Ok(());
+        let Some(refused) = part.get(set) else {
+            rest = rest.get(set..).unwrap_or(&[]);
+            continue;
         };
         // Some can be read and not written, such as those that tell what the CPU can do: it matters only
-        // whether they differ.
+        // whether they differ. One that is not there is as good as one of zero.
         let has = read_msrs(vcpu, &[refused.index]).map_err(failed(id, "reading an MSR"))?;
-        if has.first().is_none_or(|has| has.data != refused.data) && refused.data != 0 {
+        if has.first().map_or(0, |has| has.data) != refused.data {
             return Err(VcpuStateError::Msr {
                 id,
                 index: refused.index,

@@ -1,8 +1,8 @@
 //! A guest of some hundred instructions that watches over itself: whatever of its state is lost, doubled or
 //! out of date, it notices and says BAD.
 //!
-//! Its command line is `c` (counts), or `i` and a number in hexadecimal: touches so many MiB of RAM, then
-//! idles. Counting, it takes the next number, checks that a ring of pages holds what it wrote there one turn
+//! Its command line is `c` (counts), or `i` and a number in hexadecimal: writes to every 64 KiB of so many
+//! MiB of RAM, then idles. Counting, it takes the next number, checks that a ring of pages holds what it wrote there one turn
 //! ago, that a register and memory agree, and writes the number; a second processor does the same in pages of
 //! its own; a timer's interrupts are counted. After every 64 numbers it writes the number to a sector of
 //! the disk, waits for that, and then prints a line: the number, the timer's ticks, and the other
@@ -242,7 +242,7 @@ global_asm!(
     "  mov edi, 0x800000",
     "54:",
     "  mov [rdi], rdi",
-    "  add rdi, 4096",
+    "  add rdi, 0x10000",
     "  cmp rdi, rcx",
     "  jb 54b",
     "  lea rsi, [rip + 92f]",
