@@ -198,7 +198,7 @@ fn guest_piece<'a>(slice: &VolatileSlice<'a, RefSlice<'a, AtomicBitmap>>) -> Pie
         VolatileSlice::with_bitmap(
             slice.ptr_guard_mut().as_ptr(),
             slice.len(),
-            Some(slice.bitmap().clone()),
+            Some(*slice.bitmap()),
             None,
         )
     }

@@ -219,3 +219,57 @@ pub fn poll_entry(fd: RawFd, events: libc::c_short) -> libc::pollfd {
         revents: 0,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Counts how often it was run, and fails when told so.
+    struct Count {
+        runs: u32,
+        fails: bool,
+    }
+
+    impl Work for Count {
+        fn run(&mut self, stop: &Stop) {
+            assert!(!self.fails, "told so");
+            self.runs += 1;
+            let mut fds = [poll_entry(stop.as_raw_fd(), libc::POLLIN)];
+            poll(&mut fds, None).unwrap();
+            assert!(stop.is_asked());
+        }
+    }
+
+    #[test]
+    fn work_that_was_suspended_goes_on_with_what_it_had() {
+        let mut service = Service::new("count");
+        assert!(service.suspend().unwrap().is_none());
+        let work = Count {
+            runs: 0,
+            fails: false,
+        };
+        service.start(work).unwrap();
+        for runs in 1..4 {
+            assert_eq!(service.suspend().unwrap().unwrap().runs, runs);
+            service.resume().unwrap();
+        }
+        service.stop();
+        service.resume().unwrap();
+        assert!(service.suspended().is_none());
+    }
+
+    #[test]
+    fn work_whose_thread_panicked_is_not_suspended_but_can_be_begun_anew() {
+        let mut service = Service::new("count");
+        let work = Count { runs: 0, fails: true };
+        service.start(work).unwrap();
+        assert!(service.suspend().is_err());
+        assert!(service.suspend().is_err(), "asked again");
+        let work = Count {
+            runs: 0,
+            fails: false,
+        };
+        service.start(work).unwrap();
+        assert_eq!(service.suspend().unwrap().unwrap().runs, 1);
+    }
+}

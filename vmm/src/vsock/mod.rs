@@ -7,6 +7,7 @@
 //! by a transport reset, connects anew, and its listeners stay.
 
 mod connection;
+mod events;
 mod mux;
 mod packet;
 
@@ -15,12 +16,14 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use understudy_vmm_control::config;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use self::events::Events;
 use self::mux::{FIRST_HOST_PORT, Mux};
 use crate::persist::{Envelope, State, StateError, ensure};
 use crate::virtio::device::{Activation, ActiveQueue, DeviceError, QueueProgress, VirtioDevice};
@@ -34,6 +37,9 @@ const DEVICE_TYPE: u32 = 19;
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 
 const NAME: &str = "vsock";
+
+/// How long a resumed guest's driver may take to hear that its connections are gone, before new ones begin.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What the device keeps beyond its queues' progress, version 1. Connections are not kept: the host's ends of
 /// them are programs that are gone.
@@ -75,6 +81,7 @@ pub struct VsockDevice {
     service: Service<Mux>,
     /// Of a restored session, until the device is started with it.
     restored: Option<VsockState>,
+    patience: Duration,
 }
 
 impl VsockDevice {
@@ -102,6 +109,7 @@ impl VsockDevice {
             listener: Arc::new(listener),
             service: Service::new(NAME),
             restored: None,
+            patience: PATIENCE,
         })
     }
 }
@@ -150,9 +158,11 @@ impl VirtioDevice for VsockDevice {
             self.listener.clone(),
             Ring::new(NAME, &memory, &interrupt, rx, features),
             Ring::new(NAME, &memory, &interrupt, tx, features),
-            Ring::new(NAME, &memory, &interrupt, event, features),
+            Events::new(
+                Ring::new(NAME, &memory, &interrupt, event, features),
+                restored.then_some(self.patience),
+            ),
             next_port.unwrap_or(FIRST_HOST_PORT),
-            restored,
         )
         .map_err(failed("making an epoll"))?;
         self.service.start(mux).map_err(failed("starting a thread"))

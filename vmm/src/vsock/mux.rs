@@ -10,6 +10,7 @@ use std::sync::Arc;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::connection::{Connection, Greeting, MAX_PACKET, Ports, Received};
+use super::events::Events;
 use super::packet::{
     HEADER, HOST_CID, Header, OP_CREDIT_REQUEST, OP_CREDIT_UPDATE, OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW,
     OP_SHUTDOWN, TYPE_STREAM,
@@ -31,9 +32,6 @@ pub(super) const FIRST_HOST_PORT: u32 = 1 << 30;
 /// How long accepting rests after it failed.
 const ACCEPT_RETRY_MS: i32 = 1000;
 
-/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET` (virtio 1.2, 5.10.6.7) as `struct virtio_vsock_event`.
-const TRANSPORT_RESET: [u8; 4] = [0; 4];
-
 const STOP: u64 = 0;
 const RX: u64 = 1;
 const TX: u64 = 2;
@@ -52,9 +50,7 @@ pub(super) struct Mux {
     epoll: Epoll,
     rx: Ring,
     tx: Ring,
-    event: Ring,
-    /// The guest is yet to be told that all connections are gone.
-    owes_transport_reset: bool,
+    events: Events,
     connections: HashMap<u64, Connection>,
     by_ports: HashMap<Ports, u64>,
     /// Connections that have something for the guest, in turn.
@@ -87,9 +83,8 @@ impl Mux {
         listener: Arc<UnixListener>,
         rx: Ring,
         tx: Ring,
-        event: Ring,
+        events: Events,
         next_port: u32,
-        owes_transport_reset: bool,
     ) -> io::Result<Mux> {
         let mux = Mux {
             cid,
@@ -100,8 +95,7 @@ impl Mux {
             epoll: Epoll::new()?,
             rx,
             tx,
-            event,
-            owes_transport_reset,
+            events,
             connections: HashMap::new(),
             by_ports: HashMap::new(),
             ready: VecDeque::new(),
@@ -111,13 +105,15 @@ impl Mux {
         };
         mux.watch(mux.rx.event().as_raw_fd(), EventSet::IN, RX)?;
         mux.watch(mux.tx.event().as_raw_fd(), EventSet::IN, TX)?;
-        mux.watch(mux.event.event().as_raw_fd(), EventSet::IN, EVENT)?;
+        mux.watch(mux.events.ring().event().as_raw_fd(), EventSet::IN, EVENT)?;
         Ok(mux)
     }
 
     /// How far the queues are.
     pub(super) fn progress(&self) -> Vec<QueueProgress> {
-        [&self.rx, &self.tx, &self.event].map(Ring::progress).into()
+        [&self.rx, &self.tx, self.events.ring()]
+            .map(Ring::progress)
+            .into()
     }
 
     /// Host port of the next connection that the host begins.
@@ -130,12 +126,15 @@ impl Mux {
         let mut events = vec![EpollEvent::default(); 64];
         loop {
             self.update_listening()?;
-            self.tell_transport_reset();
+            let quiet = self.events.tell_transport_reset();
             self.take_from_guest();
-            self.give_to_guest();
-            let timeout = match self.accept_failed {
-                true => ACCEPT_RETRY_MS,
-                false => -1,
+            if quiet.is_none() {
+                self.give_to_guest();
+            }
+            let timeout = match (quiet, self.accept_failed) {
+                (Some(quiet), _) => quiet.as_millis().saturating_add(1).min(1000) as i32,
+                (None, true) => ACCEPT_RETRY_MS,
+                (None, false) => -1,
             };
             let waited = self.epoll.wait(timeout, &mut events);
             self.accept_failed = false;
@@ -148,7 +147,7 @@ impl Mux {
                     STOP => return Ok(()),
                     RX => drain(self.rx.event()),
                     TX => drain(self.tx.event()),
-                    EVENT => drain(self.event.event()),
+                    EVENT => drain(self.events.ring().event()),
                     LISTENER => self.accept(),
                     id => self.stream_ready(id, event.event_set()),
                 }
@@ -159,29 +158,6 @@ impl Mux {
     fn watch(&self, fd: RawFd, events: EventSet, id: u64) -> io::Result<()> {
         self.epoll
             .ctl(ControlOperation::Add, fd, EpollEvent::new(events, id))
-    }
-
-    /// Tells the guest that its connections are gone, once it has a buffer for that.
-    fn tell_transport_reset(&mut self) {
-        for _ in 0..self.event.size() {
-            if !self.owes_transport_reset {
-                return;
-            }
-            let Some(chain) = self.event.next_chain() else {
-                break;
-            };
-            let written = self
-                .event
-                .buffers(&chain.writable)
-                .filter(|buffer| buffer.len() >= TRANSPORT_RESET.len() as u64)
-                .map_or(0, |buffer| buffer.copy_from(&TRANSPORT_RESET));
-            self.owes_transport_reset = written == 0;
-            self.event.complete(chain.head, written as u32);
-            self.event.notify_driver();
-        }
-        if self.owes_transport_reset {
-            self.event.await_more();
-        }
     }
 
     /// Accepts only while there is room: the rest waits in the listener's backlog.

@@ -6,6 +6,8 @@ struct SuspendBench {
     streams: Vec<UnixStream>,
     begun: Vec<u16>,
     next: u32,
+    /// A driver without buffers for events is not waited for.
+    patience: Duration,
 }
 
 impl SuspendBench {
@@ -27,6 +29,7 @@ impl Suspendable for SuspendBench {
             streams: Vec::new(),
             begun: Vec::new(),
             next: 0,
+            patience: Duration::ZERO,
         }
     }
 
@@ -37,6 +40,7 @@ impl Suspendable for SuspendBench {
     fn renew(&mut self) {
         let socket = self.guest.dir.path().join("vsock");
         self.guest.device = VsockDevice::new(&config::Vsock { cid: CID, socket }).unwrap();
+        self.guest.device.patience = self.patience;
     }
 
     fn act(&mut self, choice: u8) {
@@ -95,13 +99,14 @@ fn streams_live_on_when_the_device_was_only_suspended() {
 }
 
 #[test]
-fn a_resumed_guest_is_told_that_its_streams_are_gone_and_new_ones_work() {
+fn a_resumed_guest_is_told_that_its_streams_are_gone_before_new_ones_begin() {
     for early in [true, false] {
         let mut suspended = SuspendBench::new();
+        suspended.patience = SOON;
         let at = BUFFERS + 0x40_0000;
         suspended.guest.driver.write(at, &[0xff; 8]);
-        let offer = |bench: &mut SuspendBench| bench.guest.driver.queues[2].offer(&[writable(at, 8)]);
-        let before = early.then(|| offer(&mut suspended));
+        let offer = |guest: &mut Guest| guest.driver.queues[2].offer(&[writable(at, 8)]);
+        let before = early.then(|| [offer(&mut suspended.guest), offer(&mut suspended.guest)]);
         let (mut stream, old_port) = suspended.guest.established();
         let saved = TestState::of(&mut suspended.guest.device);
         suspended.renew();
@@ -112,20 +117,39 @@ fn a_resumed_guest_is_told_that_its_streams_are_gone_and_new_ones_work() {
         );
         TestDriver::restore(&mut suspended.guest.device, &saved).unwrap();
         let guest = &mut suspended.guest;
+        // A program that is quick.
+        let mut quick = guest.connect();
+        quick.write_all(b"CONNECT 1024\n").unwrap();
         guest.driver.go_on(&mut guest.device, &saved);
-        let head = before.unwrap_or_else(|| offer(&mut suspended));
-        assert_eq!(suspended.guest.driver.queues[2].wait_used(head), 4);
-        assert_eq!(
-            suspended.guest.driver.read(at, 8),
-            [0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]
+        let head = before.map_or_else(|| offer(guest), |heads| heads[0]);
+        assert_eq!(guest.driver.queues[2].wait_used(head), 4);
+        assert_eq!(guest.driver.read(at, 8), [0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]);
+        // Its packet waits while the driver has not read the event, though others are taken.
+        guest.send(Guest::header(98, 1, OP_RST), &[]);
+        guest.send(Guest::header(98, 1, OP_RST), &[]);
+        let (packet, _) = guest.receiving[0];
+        assert!(!guest.driver.queues[0].is_used(packet));
+        let again = offer(guest);
+        let request = guest.expect(OP_REQUEST);
+        assert_ne!(
+            request.src_port, old_port,
+            "the guest may still hold the old stream"
         );
-        let (_new, port) = suspended.guest.established();
-        assert_ne!(port, old_port, "the guest may still hold the old stream");
-        // Told once.
-        let head = offer(&mut suspended);
-        let _later = suspended.guest.established();
-        assert!(!suspended.guest.driver.queues[2].is_used(head));
+        let _later = guest.established();
+        assert!(!guest.driver.queues[2].is_used(again), "told once");
     }
+}
+
+#[test]
+fn a_driver_that_gives_no_buffers_for_events_is_not_waited_for_without_end() {
+    let mut suspended = SuspendBench::new();
+    suspended.patience = Duration::from_millis(50);
+    let saved = TestState::of(&mut suspended.guest.device);
+    suspended.renew();
+    TestDriver::restore(&mut suspended.guest.device, &saved).unwrap();
+    let guest = &mut suspended.guest;
+    guest.driver.go_on(&mut guest.device, &saved);
+    guest.established();
 }
 
 #[test]
