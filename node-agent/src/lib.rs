@@ -5,6 +5,7 @@
 pub mod agent;
 pub mod cli;
 pub mod config;
+pub mod credentials;
 pub mod durable;
 pub mod effects;
 pub mod guest_agent;
