@@ -76,10 +76,9 @@ impl ProviderName {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct HostConfig {
-    /// The command that reboots the host, where it is not logind that is asked.
-    pub reboot_command: Vec<String>,
-    /// The longest that a reboot of the host is held up to save sessions, in seconds, 5 to 3600. `install`
-    /// writes it into logind's InhibitDelayMaxSec and the service's TimeoutStopSec.
+    /// The longest that a reboot which the host begins is held up to save sessions, in seconds, 5 to 1500
+    /// (systemd forces a reboot after 30 minutes). `install` writes it into logind's InhibitDelayMaxSec and
+    /// the service's TimeoutStopSec.
     pub save_timeout_seconds: u64,
     /// What a save is reckoned to write, in MiB a second, until one was measured.
     pub assumed_save_mib_per_second: u64,
@@ -98,7 +97,6 @@ impl Default for Credentials {
 impl Default for HostConfig {
     fn default() -> HostConfig {
         HostConfig {
-            reboot_command: Vec::new(),
             save_timeout_seconds: 600,
             assumed_save_mib_per_second: 100,
         }
@@ -252,10 +250,10 @@ impl Config {
         if self.credentials.provider == ProviderName::KeyFile && self.credentials.key_file.is_none() {
             return Err(ConfigError::NoKeyFile);
         }
-        if !(5..=3600).contains(&self.host.save_timeout_seconds) {
+        if !(5..=1500).contains(&self.host.save_timeout_seconds) {
             return Err(ConfigError::OutOfRange {
                 field: "host.saveTimeoutSeconds",
-                range: "5 to 3600",
+                range: "5 to 1500",
                 value: self.host.save_timeout_seconds,
             });
         }

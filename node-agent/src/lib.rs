@@ -17,6 +17,7 @@ pub mod logs;
 pub mod network;
 pub mod node;
 pub mod operations;
+pub mod power;
 pub mod store;
 #[cfg(test)]
 mod testing;
