@@ -1,4 +1,4 @@
-//! The per-node agent: owns the guests of a node and runs the handover engine. It stands alone on a
+//! The per-node agent: owns the guests of a node and runs the engines: handover and host update. It stands alone on a
 //! directory of manifests; what it takes specs from and reports to is behind traits.
 #![forbid(unsafe_code)]
 
@@ -12,8 +12,10 @@ pub mod guest_agent;
 pub mod guests;
 pub mod handover;
 pub mod host;
+pub mod host_update;
 pub mod isolation;
 pub mod logs;
+pub mod moment;
 pub mod network;
 pub mod node;
 pub mod operations;

@@ -62,6 +62,7 @@ impl Bed {
             match manifest.unwrap() {
                 Manifest::Guest(guest) => self.store.apply(&*guest, Timestamp::now()),
                 Manifest::SeamlessReboot(reboot) => self.store.apply(&*reboot, Timestamp::now()),
+                Manifest::HostUpdate(update) => self.store.apply(&*update, Timestamp::now()),
             }
             .unwrap();
         }

@@ -260,6 +260,7 @@ mod tests {
             match manifest.unwrap() {
                 Manifest::Guest(guest) => list.guests.push(*guest),
                 Manifest::SeamlessReboot(reboot) => list.reboots.push(*reboot),
+                Manifest::HostUpdate(_) => unreachable!(),
             }
         }
         list
