@@ -35,6 +35,18 @@ pub fn free_bytes(path: &Path) -> std::io::Result<u64> {
     Ok(stat.f_bavail * stat.f_frsize)
 }
 
+/// The host's machine ID (machine-id(5)); empty where it has none.
+pub fn machine_id() -> String {
+    fs::read_to_string("/etc/machine-id")
+        .map(|id| id.trim().to_owned())
+        .unwrap_or_default()
+}
+
+/// Kernel release (`uname -r`).
+pub fn kernel_release() -> String {
+    rustix::system::uname().release().to_string_lossy().into_owned()
+}
+
 /// The host's name.
 pub fn name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()

@@ -12,7 +12,9 @@ pub mod guest_agent;
 pub mod guests;
 pub mod handover;
 pub mod host;
+pub mod host_effects;
 pub mod host_update;
+pub mod host_work;
 pub mod isolation;
 pub mod logs;
 pub mod moment;
@@ -20,6 +22,7 @@ pub mod network;
 pub mod node;
 pub mod operations;
 pub mod power;
+pub mod sessions;
 pub mod store;
 #[cfg(test)]
 mod testing;

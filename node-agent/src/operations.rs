@@ -20,8 +20,12 @@ use crate::store::{Key, Object};
 /// Progress is written at most this often; a phase at once.
 const PROGRESS: Duration = Duration::from_millis(500);
 
-/// Takes up the operations that a former agent left, before anything else is done with their guests.
+/// Takes up the operations that a former agent left, before anything else is done with their guests; and
+/// those that were suspended for a reboot of the host, once they may go on.
 pub fn recover(node: &Arc<Node>) {
+    if node.work.holds_operations() {
+        return;
+    }
     let records = match node.journal.load() {
         Ok(records) => records,
         Err(error) => {
@@ -92,6 +96,15 @@ fn begin(node: &Arc<Node>, reboot: &SeamlessReboot) {
             reasons::ABORTED,
             "deleted before it began",
         );
+        return;
+    }
+    if node.work.holds_operations() {
+        let message = "waits until the host, which is about to reboot, has done so";
+        tell(node, reboot, Phase::Pending, reasons::HOST_UPDATING, message);
+        return;
+    }
+    if node.journal.has(&uid) {
+        // Suspended, and about to be taken up again.
         return;
     }
     let plan = match Plan::from_spec(&reboot.spec) {

@@ -17,7 +17,7 @@ const MEMORY_ONLY: [FsWord; 2] = [0x0102_1994, 0x8584_58f6];
 ///
 /// A tmpfs may be swapped out; a host whose swap is not encrypted gives up the keys of sessions together
 /// with the memory of everything else.
-pub fn check_memory_only(directory: &Path) -> Result<(), CredentialError> {
+fn check_memory_only(directory: &Path) -> Result<(), CredentialError> {
     match statfs(directory) {
         Ok(stat) if MEMORY_ONLY.contains(&stat.f_type) => Ok(()),
         _ => Err(CredentialError::NotInMemory {
@@ -26,56 +26,87 @@ pub fn check_memory_only(directory: &Path) -> Result<(), CredentialError> {
     }
 }
 
-/// A key in a file of mode 0600 on a tmpfs; removed when this is dropped.
-#[derive(Debug)]
-pub struct HandedKey {
-    path: PathBuf,
+/// Keys in files of mode 0600 beneath the run directory, which is on a tmpfs: one for each checkpoint, from
+/// when its key is made or obtained until the VMM has read it. They outlive the agent, so that one that is
+/// started anew goes on where its predecessor was killed; and they end with the boot.
+#[derive(Clone, Debug)]
+pub struct HandedKeys {
+    run_dir: PathBuf,
 }
 
-impl HandedKey {
-    /// Writes the key of a checkpoint beneath the run directory. One that a former agent left is replaced.
-    pub fn new(run_dir: &Path, checkpoint: Uuid, key: &Secret) -> Result<HandedKey, CredentialError> {
-        check_memory_only(run_dir)?;
-        let directory = run_dir.join("keys");
-        let path = directory.join(checkpoint.to_string());
+impl HandedKeys {
+    /// The keys beneath a run directory.
+    pub fn new(run_dir: &Path) -> HandedKeys {
+        HandedKeys {
+            run_dir: run_dir.to_owned(),
+        }
+    }
+
+    /// Whether a key can be handed over without reaching a disk.
+    pub fn check(&self) -> Result<(), CredentialError> {
+        check_memory_only(&self.run_dir)
+    }
+
+    /// Where the key of a checkpoint is.
+    pub fn path(&self, checkpoint: Uuid) -> PathBuf {
+        self.directory().join(checkpoint.to_string())
+    }
+
+    /// Whether the key of a checkpoint is there.
+    pub fn has(&self, checkpoint: Uuid) -> bool {
+        self.path(checkpoint).exists()
+    }
+
+    /// Puts the key of a checkpoint there, in place of one before.
+    pub fn put(&self, checkpoint: Uuid, key: &Secret) -> Result<PathBuf, CredentialError> {
+        self.check()?;
+        let path = self.path(checkpoint);
         let write = || -> io::Result<()> {
+            let directory = self.directory();
             fs::DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)
                 .create(&directory)?;
-            let _ = fs::remove_file(&path);
+            // Under another name first: a VMM that looks finds the whole key or none.
+            let new = path.with_extension("new");
+            let _ = fs::remove_file(&new);
             let mut file = OpenOptions::new()
                 .write(true)
                 .create_new(true)
                 .mode(0o600)
-                .open(&path)?;
-            file.write_all(key.bytes())
+                .open(&new)?;
+            file.write_all(key.bytes())?;
+            fs::rename(&new, &path)
         };
-        let handed = HandedKey { path: path.clone() };
-        write().map_err(|source| CredentialError::Hand { path, source })?;
-        Ok(handed)
-    }
-
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Removes what agents that were killed have left.
-    pub fn sweep(run_dir: &Path) {
-        for entry in fs::read_dir(run_dir.join("keys")).into_iter().flatten().flatten() {
-            let _ = fs::remove_file(entry.path());
+        match write() {
+            Ok(()) => Ok(path),
+            Err(source) => Err(CredentialError::Hand { path, source }),
         }
     }
-}
 
-impl Drop for HandedKey {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_file(&self.path)
+    /// Takes the key of a checkpoint away; fine where it is gone.
+    pub fn take_away(&self, checkpoint: Uuid) {
+        let path = self.path(checkpoint);
+        if let Err(error) = fs::remove_file(&path)
             && error.kind() != io::ErrorKind::NotFound
         {
-            tracing::error!(path = %self.path.display(), %error, "the file with a session's key could not be removed; remove it by hand");
+            tracing::error!(path = %path.display(), %error, "the file with a session's key could not be removed; remove it by hand");
         }
+    }
+
+    /// Takes away all but those of the checkpoints that `wanted` names.
+    pub fn sweep(&self, wanted: impl Fn(Uuid) -> bool) {
+        for entry in fs::read_dir(self.directory()).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let checkpoint = name.to_str().and_then(|name| name.parse().ok());
+            if !checkpoint.is_some_and(&wanted) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+
+    fn directory(&self) -> PathBuf {
+        self.run_dir.join("keys")
     }
 }
 
@@ -86,18 +117,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_handed_key_is_for_root_alone_and_goes_with_its_holder() {
+    fn a_handed_key_is_for_root_alone_and_is_taken_away() {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let keys = HandedKeys::new(dir.path());
+        let (one, other) = (Uuid::new_v4(), Uuid::new_v4());
         let key = Secret::generate().unwrap();
-        let handed = HandedKey::new(dir.path(), Uuid::new_v4(), &key).unwrap();
-        let path = handed.path().to_owned();
+        keys.put(one, &Secret::generate().unwrap()).unwrap();
+        let path = keys.put(one, &key).unwrap();
         assert_eq!(fs::read(&path).unwrap(), key.bytes());
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
-        assert_eq!(
-            fs::metadata(path.parent().unwrap()).unwrap().mode() & 0o777,
-            0o700
-        );
-        drop(handed);
+        let directory = fs::metadata(path.parent().unwrap()).unwrap();
+        assert_eq!(directory.mode() & 0o777, 0o700);
+        keys.put(other, &key).unwrap();
+        keys.sweep(|checkpoint| checkpoint == one);
+        assert!(keys.has(one) && !keys.has(other));
+        keys.take_away(one);
+        keys.take_away(one);
         assert!(!path.exists());
     }
 
@@ -110,7 +145,7 @@ mod tests {
             return;
         }
         let key = Secret::generate().unwrap();
-        let error = HandedKey::new(dir.path(), Uuid::new_v4(), &key).unwrap_err();
+        let error = HandedKeys::new(dir.path()).put(Uuid::new_v4(), &key).unwrap_err();
         assert!(error.to_string().contains("runDir"), "{error}");
         assert!(!dir.path().join("keys").exists());
     }

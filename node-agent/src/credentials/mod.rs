@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use crate::durable::DurableError;
 
-pub use hand::{HandedKey, check_memory_only};
+pub use hand::HandedKeys;
 pub use key_file::KeyFile;
 pub use registry::Registry;
 pub use secret::Secret;

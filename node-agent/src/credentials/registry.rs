@@ -50,7 +50,7 @@ impl Registry {
 
     /// A registry with providers of the test's own, the first of which is the default.
     #[cfg(test)]
-    pub(crate) fn with(state_dir: &Path, providers: Vec<Arc<dyn CredentialProvider>>) -> Registry {
+    pub(super) fn with(state_dir: &Path, providers: Vec<Arc<dyn CredentialProvider>>) -> Registry {
         Registry {
             directory: state_dir.join("credentials"),
             default: providers[0].name().to_owned(),

@@ -83,6 +83,11 @@ impl Directory {
         Ok(paths.iter().map(|path| read(path)).collect())
     }
 
+    /// Whether there is a record of an operation.
+    pub fn has(&self, uid: &str) -> bool {
+        self.file(uid).exists()
+    }
+
     /// Removes an operation's record, durably; fine where there is none.
     pub fn remove(&self, uid: &str) -> Result<(), JournalError> {
         let path = self.file(uid);

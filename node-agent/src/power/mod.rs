@@ -12,6 +12,8 @@ mod watch;
 
 use std::time::Duration;
 
+use crate::moment::Moment;
+
 pub use logind::Logind;
 pub use stop_job::Systemctl;
 pub use watch::Power;
@@ -47,6 +49,8 @@ pub struct PowerState {
     pub delay: Option<Duration>,
     /// The host has begun to go down, and this is how.
     pub going_down: Option<Shutdown>,
+    /// Since when that is known.
+    pub since: Option<Moment>,
     /// Why logind cannot be heard.
     pub problem: Option<String>,
 }

@@ -5,6 +5,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use crate::host;
+use crate::moment::Moment;
+
 use super::{Logind, PowerError, PowerState, Shutdown};
 
 /// Pause before logind is looked for again.
@@ -32,6 +35,7 @@ struct State {
     let_go: bool,
     delay: Option<Duration>,
     going_down: Option<Shutdown>,
+    since: Option<Moment>,
     problem: Option<String>,
 }
 
@@ -81,6 +85,7 @@ impl Power {
             held: state.inhibitor.is_some(),
             delay: state.delay,
             going_down: state.going_down,
+            since: state.since,
             problem: state.problem.clone(),
         }
     }
@@ -125,6 +130,12 @@ impl Power {
                 .shared
                 .change(|state| state.problem = Some(error.to_string())),
         }
+    }
+
+    /// Whether logind has begun to take the host down, asked now; `None` where it cannot be asked.
+    pub fn is_going_down(&self) -> Option<bool> {
+        let logind = self.shared.state().logind.clone()?;
+        logind.is_going_down().ok()
     }
 
     /// Asks logind for a reboot. The inhibitor is let go of first: what it was for is done.
@@ -230,17 +241,22 @@ fn session(shared: &Shared) -> Result<(), PowerError> {
             match logind.inhibit() {
                 Ok(inhibitor) => shared.change(|state| {
                     state.going_down = None;
+                    state.since = None;
                     state.let_go = false;
                     state.inhibitor.get_or_insert(inhibitor);
                 }),
                 Err(error) => shared.change(|state| {
                     state.going_down = None;
+                    state.since = None;
                     state.problem = Some(error.to_string());
                 }),
             }
         } else {
             tracing::warn!(how = heard.map(Shutdown::as_str), "the host goes down");
-            shared.change(|state| state.going_down = heard);
+            shared.change(|state| {
+                state.going_down = heard;
+                state.since.get_or_insert_with(host::moment);
+            });
         }
     })
 }

@@ -5,15 +5,15 @@ use std::time::Duration;
 use understudy_vmm_control::config::VmConfig;
 
 use crate::durable;
-use crate::host;
 use crate::node::Node;
+use crate::vmm::Instance;
 
 /// Beside memory a checkpoint holds devices, an index and a manifest: little, and this is more.
 const OVERHEAD: u64 = 4 << 20;
 /// Of the space: memory that is dirtied while it is written is written again.
 const AGAIN_PERCENT: u64 = 25;
 /// Space that is left to others.
-const SPARE: u64 = 64 << 20;
+pub(super) const SPARE: u64 = 64 << 20;
 /// Bytes from which on a save says something of the disk's throughput.
 const TELLING: u64 = 16 << 20;
 
@@ -37,18 +37,25 @@ pub fn estimate(node: &Node) -> Estimate {
         .guests()
         .iter()
         .filter_map(|guest| super::save::running(node, guest))
-        .filter_map(|instance| durable::read_json::<VmConfig>(&instance.config).ok().flatten())
-        .map(|config| config.memory_mib << 20)
+        .filter_map(|instance| memory_bytes(&instance))
         .collect();
     reckon(&memory, rate(node))
 }
 
+/// Memory of the guest behind a VMM, in bytes.
+pub fn memory_bytes(instance: &Instance) -> Option<u64> {
+    let config: VmConfig = durable::read_json(&instance.config).ok().flatten()?;
+    Some(config.memory_mib << 20)
+}
+
+/// Space for one session that a save may need, in bytes.
+pub fn space_bytes(memory: u64) -> u64 {
+    memory + memory * AGAIN_PERCENT / 100 + OVERHEAD
+}
+
 fn reckon(memory: &[u64], bytes_per_second: u64) -> Estimate {
     let sum: u64 = memory.iter().sum();
-    let space = memory
-        .iter()
-        .map(|bytes| bytes + bytes * AGAIN_PERCENT / 100 + OVERHEAD)
-        .sum::<u64>();
+    let space = memory.iter().map(|bytes| space_bytes(*bytes)).sum::<u64>();
     Estimate {
         sessions: memory.len(),
         memory_bytes: sum,
@@ -69,9 +76,9 @@ fn rate_file(node: &Node) -> std::path::PathBuf {
     node.sessions.records.dir().join("bytes-per-second.json")
 }
 
-/// Remembers how fast saves were: `bytes` in all since `begin_us` (CLOCK_BOOTTIME).
-pub(super) fn measured(node: &Node, bytes: u64, begin_us: i64) {
-    let took = u64::try_from(host::moment().boot_us - begin_us).unwrap_or(0).max(1);
+/// Remembers how fast a save of `bytes` was, which took `took_us` microseconds.
+pub fn remember_rate(node: &Node, bytes: u64, took_us: i64) {
+    let took = u64::try_from(took_us).unwrap_or(0).max(1);
     if bytes < TELLING {
         return;
     }

@@ -1,43 +1,40 @@
 //! Sessions of guests: saved before the host reboots, resumed afterwards, and remembered on disk in
-//! between ([`record`]).
+//! between ([`record`]). What is done when is the host engine's ([`crate::host_update`]).
 //!
 //! What holds at any time: a guest with a checkpoint that is complete and unused goes on from that
-//! checkpoint, or not at all. Nobody boots it past that but the user who discards the session by name.
+//! checkpoint, or not at all ([`unused`]). Nobody boots it past that but the user who discards the session
+//! by name.
 
-mod after;
 mod estimate;
 pub mod record;
 mod resume;
 mod save;
 
-use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use understudy_vmm_control::client::ClientError;
 use uuid::Uuid;
 
 use crate::config::Config;
-use crate::credentials::{CredentialError, HandedKey, Registry};
+use crate::credentials::{CredentialError, HandedKeys, Registry};
 use crate::durable::DurableError;
+use crate::node::Node;
 
-pub use after::{Left, look};
-pub use estimate::{Estimate, estimate};
-pub use record::{Record, Records, Refused, Saved, Standing};
-pub use resume::{ResumeError, Resumed, resume};
-pub use save::{Cancelled, begin, cancel, keep, preflight, progress, record_saved, runs};
+pub use estimate::{Estimate, estimate, memory_bytes, remember_rate};
+pub use record::{Record, Records, Standing};
+pub use resume::{ResumeError, Resumed, is_from, obtain_key, resume};
+pub use save::{Cancelled, cancel, check_space, keep, register_key, running, save};
 
 /// The sessions of a node's guests.
 pub struct Sessions {
     /// What is on disk.
     pub records: Records,
-    /// The keys.
+    /// The keys, wrapped.
     pub credentials: Registry,
-    run_dir: PathBuf,
+    /// The keys, on their way to VMMs.
+    pub keys: HandedKeys,
     machine_id: String,
     boot_id: String,
-    handed: Mutex<HashMap<Uuid, HandedKey>>,
-    resuming: Mutex<HashSet<String>>,
 }
 
 /// Why a session was not saved, or a save not undone.
@@ -65,15 +62,13 @@ pub enum SessionError {
     NoConfiguration(String),
     /// Not enough space.
     #[error(
-        "saving the sessions of this node's guests needs {needed_mib} MiB in {directory}, where {free_mib} MiB are free; make room, or let the configuration's stateDir be on a larger disk"
+        "{missing_mib} MiB are missing in {directory} to save all sessions of this node; make room, or let the configuration's stateDir be on a larger disk"
     )]
     Space {
         /// Where.
         directory: PathBuf,
-        /// What is needed.
-        needed_mib: u64,
-        /// What is there.
-        free_mib: u64,
+        /// What is missing.
+        missing_mib: u64,
     },
     /// The host has no identity.
     #[error("/etc/machine-id is missing or empty: checkpoints are bound to it; run systemd-machine-id-setup")]
@@ -99,19 +94,16 @@ pub enum SessionError {
 impl Sessions {
     /// The sessions beneath the configuration's state directory, on a machine in a boot.
     pub fn open(config: &Config, machine_id: String, boot_id: String) -> Sessions {
-        HandedKey::sweep(&config.run_dir);
         Sessions {
             records: Records::open(&config.state_dir),
             credentials: Registry::open(&config.state_dir, &config.credentials),
-            run_dir: config.run_dir.clone(),
+            keys: HandedKeys::new(&config.run_dir),
             machine_id,
             boot_id,
-            handed: Mutex::default(),
-            resuming: Mutex::default(),
         }
     }
 
-    /// The host's machine ID.
+    /// The host's machine ID; empty where it has none.
     pub fn machine_id(&self) -> &str {
         &self.machine_id
     }
@@ -121,30 +113,74 @@ impl Sessions {
         &self.boot_id
     }
 
-    /// Whether a guest is being resumed now; its engine alone starts and ends VMMs of it.
-    pub fn is_resuming(&self, guest_uid: &str) -> bool {
-        lock(&self.resuming).contains(guest_uid)
-    }
-
     /// Destroys a checkpoint with its key; fine when it is gone.
     pub fn destroy(&self, guest_uid: &str, checkpoint: Uuid) -> Result<(), SessionError> {
-        // The key first: whatever is left of the checkpoint by a power cut is of use to nobody.
+        // The keys first: whatever is left of the checkpoint by a power cut is of use to nobody.
+        self.keys.take_away(checkpoint);
         self.credentials.destroy(checkpoint)?;
         Ok(self.records.remove(guest_uid, checkpoint)?)
     }
-}
 
-#[cfg(test)]
-impl Sessions {
-    /// As [`Sessions::open`], with the test's own providers.
-    pub(crate) fn with_credentials(mut self, credentials: Registry) -> Sessions {
-        self.credentials = credentials;
-        self
+    /// Destroys what no update names (`is_known`) and nobody can use: saves that were cut short, and
+    /// checkpoints that were used. A complete and unused one stays, whoever made it. Called when the agent
+    /// starts, before guests are looked at.
+    pub fn sweep(&self, is_known: impl Fn(Uuid) -> bool) {
+        for guest_uid in self.records.guests() {
+            let records = match self.records.of(&guest_uid) {
+                Ok(records) => records,
+                Err(error) => {
+                    tracing::error!(guest_uid, %error, "the sessions of a guest cannot be read; it is not started");
+                    continue;
+                }
+            };
+            for record in records {
+                let checkpoint = record.identity.checkpoint;
+                let is_used_up = match self.records.standing(&record) {
+                    Ok(Standing::Saved) => false,
+                    // What a running VMM came from may hold memory that it has not read yet.
+                    Ok(_) => !record.instance.is_alive(),
+                    Err(error) => {
+                        tracing::error!(guest = record.guest, %error, "a session is left alone");
+                        false
+                    }
+                };
+                if !is_used_up || is_known(checkpoint) {
+                    continue;
+                }
+                tracing::info!(guest = record.guest, %checkpoint, "removing what is left of a session");
+                if let Err(error) = self.destroy(&guest_uid, checkpoint) {
+                    tracing::error!(guest = record.guest, %error, "removing what is left of a session");
+                }
+            }
+        }
+        self.keys.sweep(|checkpoint| is_known(checkpoint));
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+/// The complete and unused checkpoint of a guest, if there is one: then the guest is not booted. An error
+/// is one of the disk, and then it is not booted either. One that the user asked to discard is destroyed,
+/// where no update cares for it (`is_known`).
+pub fn unused(
+    node: &Node,
+    guest_uid: &str,
+    is_known: impl Fn(Uuid) -> bool,
+) -> Result<Option<Record>, SessionError> {
+    let sessions = &node.sessions;
+    let mut unused = None;
+    for record in sessions.records.of(guest_uid)? {
+        let checkpoint = record.identity.checkpoint;
+        if sessions.records.standing(&record)? != Standing::Saved {
+            continue;
+        }
+        let is_unwanted = sessions.records.is_to_be_discarded(guest_uid, checkpoint);
+        if is_unwanted && !is_known(checkpoint) && !record.instance.is_alive() {
+            tracing::warn!(guest = record.guest, %checkpoint, "its session is discarded, as the user asked");
+            sessions.destroy(guest_uid, checkpoint)?;
+        } else {
+            unused = Some(record);
+        }
+    }
+    Ok(unused)
 }
 
 #[cfg(test)]

@@ -29,41 +29,13 @@ pub struct Record {
     pub guest: String,
     /// Name of the NodeUpdate for which it is saved.
     pub node_update: String,
+    /// The credential provider that was asked for; `None`: the node's default.
+    pub provider: Option<String>,
     /// The VMM that saves, and later that which resumes.
     pub instance: Instance,
     /// What the saving VMM was started with: a session goes on in the same machine, whatever the Guest's
     /// spec asks of the next boot.
     pub config: VmConfig,
-    /// What was saved, once it was.
-    pub saved: Option<Saved>,
-    /// Why it was not resumed when that was tried last.
-    pub refused: Option<Refused>,
-}
-
-/// What was saved.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Saved {
-    /// When that was told, in microseconds since 1970.
-    pub at_us: i64,
-    /// Bytes of the checkpoint on disk.
-    pub checkpoint_bytes: u64,
-    /// Bytes of memory written, all rounds together.
-    pub written_bytes: u64,
-    /// Rounds.
-    pub rounds: u32,
-    /// The guest's pause, in microseconds.
-    pub pause_us: u64,
-}
-
-/// Why it was not resumed.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Refused {
-    /// In one word.
-    pub reason: String,
-    /// For people.
-    pub message: String,
 }
 
 /// What the files of a checkpoint say, whatever the record thinks.
@@ -139,7 +111,6 @@ impl Records {
                 records.extend(self.get(guest_uid, checkpoint)?);
             }
         }
-        records.sort_by_key(|record| record.saved.as_ref().map(|saved| saved.at_us));
         Ok(records)
     }
 
@@ -183,15 +154,14 @@ impl Records {
         Ok(())
     }
 
-    /// Asks for a checkpoint to be discarded; whoever owns the guest does so.
+    /// Asks for a checkpoint to be discarded: the agent does so, now or when it is started.
     pub fn ask_to_discard(&self, guest_uid: &str, checkpoint: Uuid) -> Result<(), DurableError> {
         durable::replace(&self.discard_file(guest_uid, checkpoint), b"")
     }
 
     /// Whether that was asked for.
-    pub fn is_to_be_discarded(&self, record: &Record) -> bool {
-        self.discard_file(&record.identity.guest_uid, record.identity.checkpoint)
-            .exists()
+    pub fn is_to_be_discarded(&self, guest_uid: &str, checkpoint: Uuid) -> bool {
+        self.discard_file(guest_uid, checkpoint).exists()
     }
 
     fn file(&self, guest_uid: &str, checkpoint: Uuid) -> PathBuf {

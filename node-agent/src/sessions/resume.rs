@@ -1,15 +1,16 @@
 //! Resuming: the key is asked for, and a VMM is started that goes on from the checkpoint.
 
 use understudy_api::Guest;
-use understudy_vmm_control::client::ClientError;
+use understudy_vmm_control::api::VmInfo;
 use understudy_vmm_control::config::Role;
 use understudy_vmm_control::owner::state_dir;
 use understudy_vmm_control::session::{Refusal, Resume, ResumeInfo};
 use uuid::Uuid;
 
-use super::record::{Record, Refused, Standing};
-use super::{SessionError, Sessions, lock};
-use crate::credentials::{CredentialError, HandedKey};
+use super::SessionError;
+use super::record::{Record, Standing};
+use super::save::find;
+use crate::credentials::CredentialError;
 use crate::durable::{self, DurableError};
 use crate::guests::boot::{BootError, check_memory};
 use crate::guests::{SpecError, resolve};
@@ -17,33 +18,31 @@ use crate::host;
 use crate::network::{NetworkError, ensure_tap};
 use crate::node::Node;
 use crate::store::Object;
-use crate::vmm::{LaunchError, log_length};
+use crate::vmm::{LaunchError, log_length, log_since};
 
 /// A session that goes on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Resumed {
     /// How its VMM tells it.
     pub info: ResumeInfo,
-    /// When this try began, in microseconds since 1970.
-    pub begin_us: i64,
-    /// When the VMM had answered, in microseconds since 1970.
-    pub end_us: i64,
+    /// The guest's first instruction, in microseconds since 1970.
+    pub first_instruction_us: i64,
 }
 
-/// Why a session was not resumed. Nothing was changed: its checkpoint is whole, the guest does not run.
+/// Why a session was not resumed.
 #[derive(Debug, thiserror::Error)]
 pub enum ResumeError {
-    /// The VMM refuses the checkpoint.
+    /// The VMM refuses the checkpoint, and has changed nothing.
     #[error("{message}")]
-    Checkpoint {
+    Refused {
         /// Why.
         refusal: Refusal,
         /// In the VMM's words.
         message: String,
     },
-    /// No key.
-    #[error(transparent)]
-    Credential(#[from] CredentialError),
+    /// The VMM has ended after it had used the checkpoint.
+    #[error("the VMM ended after the session was taken up: {0}")]
+    Ended(String),
     /// The guest's declaration does not let it run here.
     #[error("the Guest cannot be run here as it is declared: {0}")]
     Spec(#[from] SpecError),
@@ -62,107 +61,56 @@ pub enum ResumeError {
     /// A file.
     #[error(transparent)]
     File(#[from] DurableError),
-    /// The record.
+    /// The record or the key.
     #[error(transparent)]
     Session(#[from] SessionError),
-    /// It was used, and the VMM that used it is gone.
-    #[error("checkpoint {0} was resumed before, and the guest it became has ended since")]
-    Consumed(Uuid),
+    /// The VMM's key is not there.
+    #[error(transparent)]
+    Credential(#[from] CredentialError),
 }
 
-impl ResumeError {
-    /// In one word, for a status.
-    pub fn reason(&self) -> &'static str {
-        match self {
-            ResumeError::Checkpoint { refusal, .. } => refusal.as_str(),
-            ResumeError::Credential(_) => "CredentialUnavailable",
-            ResumeError::Spec(_) => "InvalidSpec",
-            ResumeError::Network(_) => "NetworkUnavailable",
-            ResumeError::Memory(_) => "InsufficientMemory",
-            ResumeError::Consumed(_) => "SessionLost",
-            _ => "ResumeFailed",
-        }
-    }
-}
-
-/// Marks a guest as being resumed, for as long as this lives.
-struct Turn<'a>(&'a Sessions, String);
-
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        lock(&self.0.resuming).remove(&self.1);
-    }
-}
-
-/// Resumes a guest's session, or finds that it was resumed. A session that is not stays as it is, and its
-/// record says why.
-pub fn resume(node: &Node, guest: &Guest, checkpoint: Uuid) -> Result<Resumed, ResumeError> {
-    let uid = guest.uid();
-    let mut record = super::save::find(node, &uid, checkpoint)?;
-    {
-        // Held by the guest's worker for a pass: none is under way while the mark is set.
-        let turn = node.turn(&guest.key());
-        let _turn = lock(&turn);
-        lock(&node.sessions.resuming).insert(uid.clone());
-    }
-    let _resuming = Turn(&node.sessions, uid);
-    let result = attempt(node, guest, &mut record);
-    match &result {
-        Ok(resumed) => tracing::info!(
-            guest = record.guest,
-            %checkpoint,
-            start_us = resumed.info.start_us,
-            "its session goes on"
-        ),
-        Err(error) => {
-            tracing::error!(guest = record.guest, %checkpoint, reason = error.reason(), "its session is not resumed: {error}");
-        }
-    }
-    record.refused = result.as_ref().err().map(|error| Refused {
-        reason: error.reason().to_owned(),
-        message: error.to_string(),
-    });
-    if let Err(error) = node.sessions.records.put(&record) {
-        tracing::error!(guest = record.guest, %error, "the outcome is not recorded");
-    }
-    node.objects.wake();
-    result
-}
-
-fn attempt(node: &Node, guest: &Guest, record: &mut Record) -> Result<Resumed, ResumeError> {
-    let begin_us = host::moment().unix_us;
-    let checkpoint = record.identity.checkpoint;
+/// Logs on: asks the credential provider for the key of a checkpoint, and puts it where the VMM reads it.
+pub fn obtain_key(node: &Node, guest_uid: &str, checkpoint: Uuid) -> Result<(), CredentialError> {
     let sessions = &node.sessions;
-    let done = |info| Resumed {
-        info,
-        begin_us,
-        end_us: host::moment().unix_us,
-    };
-    if record.instance.is_alive() {
-        // An agent that was killed has started it.
-        return match told(&record.instance.client().info(), checkpoint) {
-            Ok(info) => Ok(done(info)),
-            Err(message) => Err(ResumeError::Silent(message)),
-        };
-    }
-    if sessions.records.standing(record)? == Standing::Consumed {
-        return Err(ResumeError::Consumed(checkpoint));
+    let key = sessions
+        .credentials
+        .log_on(checkpoint, guest_uid, &sessions.machine_id, &sessions.boot_id)?;
+    sessions.keys.put(checkpoint, &key)?;
+    Ok(())
+}
+
+/// Starts a VMM that goes on from a checkpoint whose key was obtained, or finds the one that does. Where it
+/// fails before the checkpoint was used, nothing was changed.
+pub fn resume(node: &Node, guest: &Guest, checkpoint: Uuid) -> Result<Resumed, ResumeError> {
+    let sessions = &node.sessions;
+    let mut record = find(sessions, &guest.uid(), checkpoint)?;
+    if let Some(process) = record.instance.process() {
+        // An agent that was killed has started it, or it was never gone.
+        let info = record
+            .instance
+            .client()
+            .info()
+            .map_err(|error| ResumeError::Silent(error.to_string()))?;
+        tracing::info!(
+            guest = record.guest,
+            pid = process.pid,
+            "its session goes on already"
+        );
+        let now = host::moment();
+        let began = now.unix_us - now.boot_us + process.started_boot_us();
+        return told(&info, checkpoint, began);
     }
     let resolved = resolve(&node.config, guest, host::cpus(), host::total_memory_mib())?;
     check_memory(node, record.config.memory_mib).map_err(ResumeError::Memory)?;
-    let key = sessions.credentials.log_on(
-        checkpoint,
-        &record.identity.guest_uid,
-        &sessions.machine_id,
-        &sessions.boot_id,
-    )?;
     for nic in &resolved.networks {
         ensure_tap(&nic.tap, &nic.bridge)?;
     }
     for disk in record.config.disks.iter().filter(|disk| !disk.read_only) {
         durable::make_dir(&state_dir(&disk.source))?;
     }
-    let handed = HandedKey::new(&sessions.run_dir, checkpoint, &key)?;
+    if !sessions.keys.has(checkpoint) {
+        obtain_key(node, &record.identity.guest_uid, checkpoint)?;
+    }
     let mut config = record.config.clone();
     // What was a clone before its cutover owns the guest now.
     config.role = Role::Active;
@@ -176,10 +124,8 @@ fn attempt(node: &Node, guest: &Guest, record: &mut Record) -> Result<Resumed, R
     }
     config.resume = Some(Resume {
         checkpoint,
-        directory: sessions
-            .records
-            .directory(&record.identity.guest_uid, checkpoint),
-        key: handed.path().to_owned(),
+        directory: sessions.records.directory(&record.identity.guest_uid, checkpoint),
+        key: sessions.keys.path(checkpoint),
         guest_uid: record.identity.guest_uid.clone(),
         host_boot_id: sessions.boot_id.clone(),
         machine_id: sessions.machine_id.clone(),
@@ -187,38 +133,67 @@ fn attempt(node: &Node, guest: &Guest, record: &mut Record) -> Result<Resumed, R
     record.instance.role = Role::Active;
     record.instance.process = None;
     let before = log_length(&record.instance.log);
-    match node
+    let begin = host::moment();
+    let started = node
         .launcher
-        .start(&node.instances, &mut record.instance, &config)
-    {
-        Ok(info) => match told(&Ok(info), checkpoint) {
-            Ok(info) => Ok(done(info)),
-            Err(message) => Err(ResumeError::Silent(message)),
-        },
+        .start(&node.instances, &mut record.instance, &config);
+    // Read once at the start; a refused one is obtained anew.
+    sessions.keys.take_away(checkpoint);
+    match started {
+        Ok(info) => {
+            sessions.records.put(&record)?;
+            node.objects.wake();
+            let resumed = told(&info, checkpoint, begin.unix_us)?;
+            tracing::info!(guest = record.guest, %checkpoint, start_us = resumed.info.start_us, "its session goes on");
+            Ok(resumed)
+        }
         Err(error @ LaunchError::Ended { .. }) => {
-            let log = crate::vmm::log_since(&record.instance.log, before);
-            Err(match Refusal::find(&log) {
-                Some((refusal, message)) => ResumeError::Checkpoint {
+            let log = log_since(&record.instance.log, before);
+            if let Some((refusal, message)) = Refusal::find(&log) {
+                return Err(ResumeError::Refused {
                     refusal,
                     message: message.to_owned(),
-                },
-                None => ResumeError::Launch(error),
-            })
+                });
+            }
+            if sessions.records.standing(&record)? == Standing::Consumed {
+                return Err(ResumeError::Ended(error.to_string()));
+            }
+            Err(ResumeError::Launch(error))
         }
         Err(error) => Err(ResumeError::Launch(error)),
     }
 }
 
-fn told(
-    info: &Result<understudy_vmm_control::api::VmInfo, ClientError>,
-    checkpoint: Uuid,
-) -> Result<ResumeInfo, String> {
-    match info {
-        Ok(info) => match &info.resume {
-            Some(resume) if resume.checkpoint == checkpoint => Ok(resume.clone()),
-            Some(resume) => Err(format!("it resumed checkpoint {}", resume.checkpoint)),
-            None => Err("it tells of no checkpoint".to_owned()),
-        },
-        Err(error) => Err(error.to_string()),
+/// Whether a VMM goes on from this checkpoint.
+pub fn is_from(info: &VmInfo, checkpoint: Uuid) -> bool {
+    info.resume
+        .as_ref()
+        .is_some_and(|resume| resume.checkpoint == checkpoint)
+}
+
+/// `begin_us` is when the process was started, at the earliest.
+fn told(info: &VmInfo, checkpoint: Uuid, begin_us: i64) -> Result<Resumed, ResumeError> {
+    match &info.resume {
+        Some(resume) if resume.checkpoint == checkpoint => Ok(Resumed {
+            info: resume.clone(),
+            first_instruction_us: begin_us.saturating_add(i64::try_from(resume.start_us).unwrap_or(0)),
+        }),
+        Some(resume) => Err(ResumeError::Silent(format!(
+            "it goes on from checkpoint {}",
+            resume.checkpoint
+        ))),
+        None => Err(ResumeError::Silent("it tells of no checkpoint".to_owned())),
+    }
+}
+
+impl Record {
+    /// Whether a VMM that goes on from this checkpoint runs, as far as its process tells; `None` where it
+    /// runs and does not answer.
+    pub fn lives_on(&self) -> Option<bool> {
+        if !self.instance.is_alive() {
+            return Some(false);
+        }
+        let info = self.instance.client().info().ok()?;
+        Some(is_from(&info, self.identity.checkpoint))
     }
 }
