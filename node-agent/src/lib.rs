@@ -18,6 +18,7 @@ pub mod moment;
 pub mod network;
 pub mod node;
 pub mod operations;
+pub mod records;
 pub mod store;
 #[cfg(test)]
 mod testing;
