@@ -22,6 +22,7 @@ pub mod network;
 pub mod node;
 pub mod operations;
 pub mod power;
+pub mod records;
 pub mod sessions;
 pub mod store;
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //! and logind, the crash simulation with a world of its own.
 
 use understudy_vmm_control::session::{Refusal, SaveState};
+use uuid::Uuid;
 
 use super::quiesce::{InFlight, Rules};
 use super::record::{Session, Update};
@@ -109,6 +110,8 @@ pub struct FoundGuest {
     pub uid: String,
     /// The incarnation that runs.
     pub incarnation: u64,
+    /// A fresh UUID: names the checkpoint, its directory and its key.
+    pub checkpoint: Uuid,
     /// `spec.priority`.
     pub priority: i32,
     /// RAM in bytes.
@@ -235,7 +238,7 @@ pub trait Effects {
     fn quiesce_operations(&mut self, update: &Update, rules: &Rules) -> Effected<Vec<InFlight>>;
 
     /// Operations may begin again, suspended ones go on; guests that [`super::hold::hold`] does not name are
-    /// the guest manager's again.
+    /// the guest manager's again. Where the host goes down all the same, it is not delayed any more.
     fn release_operations(&mut self, update: &Update) -> Effected<()>;
 
     /// Looks at every guest whose VMM runs, at the space for all sessions together, at the credential

@@ -37,6 +37,8 @@ pub enum Step {
     Reboot,
     /// Wait until this boot ends.
     AwaitReboot,
+    /// Undo: `update.command` is ended.
+    EndCommand,
     /// Undo: the reboot is called off.
     CallOff,
     /// Undo: each guest runs on, its checkpoint void.
@@ -57,7 +59,7 @@ pub enum Step {
 
 impl Step {
     /// All steps.
-    pub const ALL: [Step; 18] = [
+    pub const ALL: [Step; 19] = [
         Step::Inspect,
         Step::RunCommand,
         Step::Quiesce,
@@ -68,6 +70,7 @@ impl Step {
         Step::Acknowledge,
         Step::Reboot,
         Step::AwaitReboot,
+        Step::EndCommand,
         Step::CallOff,
         Step::Cancel,
         Step::Forget,
@@ -201,6 +204,8 @@ pub struct Session {
     pub vmm_gone: bool,
     /// Rounds of pre-copying.
     pub rounds: u32,
+    /// Bytes of memory written by a save that was completed, all rounds together.
+    pub saved_bytes: u64,
     /// Bytes of the checkpoint on disk.
     pub checkpoint_bytes: u64,
     /// When its vCPUs stopped.
@@ -235,11 +240,15 @@ pub struct Live {
     pub remaining_bytes: u64,
     /// When it is looked at again.
     pub look_at: Option<Moment>,
+    /// Whether it was seen to be saved since [`Step::Verify`] began.
+    pub is_verified: bool,
+    /// Whether its memory is all loaded, or its guest is gone.
+    pub is_loaded: bool,
 }
 
 impl Session {
     /// A session that was found.
-    pub fn new(found: FoundGuest, checkpoint: Uuid) -> Session {
+    pub fn new(found: FoundGuest) -> Session {
         Session {
             guest: found.guest,
             uid: found.uid,
@@ -247,7 +256,7 @@ impl Session {
             priority: found.priority,
             memory_bytes: found.memory_bytes,
             expected_bytes: found.expected_bytes,
-            checkpoint,
+            checkpoint: found.checkpoint,
             state: SessionState::Waiting,
             reason: None,
             message: None,
@@ -255,6 +264,7 @@ impl Session {
             given_up: false,
             vmm_gone: false,
             rounds: 0,
+            saved_bytes: 0,
             checkpoint_bytes: 0,
             paused_at: None,
             saved_at: None,
@@ -267,6 +277,11 @@ impl Session {
             live: Live::default(),
             trouble: None,
         }
+    }
+
+    /// Bytes of memory written so far, all rounds together.
+    pub fn written_bytes(&self) -> u64 {
+        self.saved_bytes.max(self.live.written_bytes)
     }
 
     pub(super) fn explain(&mut self, reason: &str, message: impl Into<String>) {
@@ -321,6 +336,8 @@ pub struct Update {
     pub verified_at: Option<Moment>,
     /// Whether the acknowledgement was given and not taken back.
     pub acknowledged: bool,
+    /// Whether the host may have been asked for its reboot.
+    pub reboot_asked: bool,
     /// Since when the host is waited for to go down.
     pub awaiting_since: Option<Moment>,
     /// Output of `update.command` where it failed.
@@ -329,6 +346,9 @@ pub struct Update {
     pub undo: Option<Verdict>,
     /// How it ended. After that checkpoints are destroyed, and kept sessions tried again.
     pub verdict: Option<Verdict>,
+    /// When the step is looked at again; not kept.
+    #[serde(skip)]
+    pub look_at: Option<Moment>,
     /// What failed and is tried again.
     pub trouble: Option<Trouble>,
 }
@@ -356,10 +376,12 @@ impl Update {
             sessions: Vec::new(),
             verified_at: None,
             acknowledged: false,
+            reboot_asked: false,
             awaiting_since: None,
             command_output: None,
             undo: None,
             verdict: None,
+            look_at: None,
             trouble: None,
         }
     }
@@ -411,6 +433,7 @@ impl Update {
     /// The record without what changes all the time: what is worth a write.
     pub(super) fn durable_part(&self) -> Update {
         let mut update = self.clone();
+        update.look_at = None;
         for session in &mut update.sessions {
             session.live = Live::default();
         }
