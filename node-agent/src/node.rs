@@ -12,13 +12,14 @@ use crate::durable::{self, DurableError};
 use crate::guest_agent::Link;
 use crate::guests::Records;
 use crate::handover::journal::{Directory, JournalError};
-use crate::host;
+use crate::host::{self, HostIdentity};
 use crate::host_effects::Commands;
+use crate::host_update;
 use crate::host_work::HostWork;
 use crate::isolation::Responder;
 use crate::sessions::Sessions;
 use crate::store::{Key, Objects};
-use crate::vmm::{Instances, Launcher, host_boot_id};
+use crate::vmm::{Instances, Launcher};
 
 /// The node, as the agent has it.
 pub struct Node {
@@ -36,6 +37,8 @@ pub struct Node {
     pub launcher: Launcher,
     /// Records of operations.
     pub journal: Directory,
+    /// Records of host updates.
+    pub updates: host_update::journal::Directory,
     /// Saved sessions.
     pub sessions: Sessions,
     /// What reboots of the host ask of everything else.
@@ -73,19 +76,25 @@ pub enum NodeError {
 }
 
 impl Node {
-    /// Opens the node's state.
-    pub fn open(config: Config, objects: Arc<dyn Objects>) -> Result<Arc<Node>, NodeError> {
+    /// Opens the node's state, on a host in a boot.
+    pub fn open(
+        config: Config,
+        objects: Arc<dyn Objects>,
+        identity: HostIdentity,
+    ) -> Result<Arc<Node>, NodeError> {
         for directory in [&config.state_dir, &config.run_dir] {
             durable::make_dir(directory)?;
         }
         let journal = Directory::open(config.state_dir.join("operations"))?;
-        let sessions = Sessions::open(&config, host::machine_id(), host_boot_id());
+        let updates = host_update::journal::Directory::open(config.state_dir.join("updates"))?;
+        let sessions = Sessions::open(&config, identity);
         Ok(Arc::new_cyclic(|me| Node {
             name: host::name(),
             instances: Instances::open(&config.state_dir),
             records: Records::open(&config.state_dir),
             launcher: Launcher::new(&config.vmm, config.supervisor),
             journal,
+            updates,
             sessions,
             work: HostWork::default(),
             commands: Commands::default(),

@@ -20,6 +20,7 @@ use crate::config::{Config, Credentials, ProviderName, Supervisor};
 use crate::credentials::{Identity, Secret};
 use crate::guests::boot::vm_config;
 use crate::guests::resolve;
+use crate::host::HostIdentity;
 use crate::node::Node;
 use crate::sessions::Record;
 use crate::store::{Key, Object, Store};
@@ -63,7 +64,7 @@ impl Bed {
         };
         fs::create_dir_all(config.disks_dir.join("default")).unwrap();
         let store = Store::open(&config.state_dir).unwrap();
-        let node = Node::open(config, Arc::new(store.clone())).unwrap();
+        let node = Node::open(config, Arc::new(store.clone()), HostIdentity::read()).unwrap();
         Bed {
             dir,
             _run_dir: run_dir,

@@ -6,6 +6,7 @@ use super::HostWorld;
 use crate::guests::maintenance::remove_dormant;
 use crate::guests::resolve;
 use crate::host;
+use crate::host_update::effects::HostIntent;
 use crate::host_update::quiesce::{InFlight, Rules, Ruling};
 use crate::host_update::{EffectError, Effected, ErrorKind, Update};
 use crate::node::lock;
@@ -66,6 +67,11 @@ impl HostWorld {
 
     pub(super) fn do_release(&mut self) {
         self.node.work.release();
+        if matches!(self.node.work.intent(), HostIntent::GoesDown { .. })
+            && let Some(power) = self.node.work.power()
+        {
+            power.let_go();
+        }
         // Those that were suspended go on from the journal.
         operations::recover(&self.node);
         self.node.objects.wake();

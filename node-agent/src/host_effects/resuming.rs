@@ -34,17 +34,19 @@ pub fn is_unwanted(node: &Node, session: &Session) -> Effected<bool> {
 impl HostWorld {
     pub(super) fn do_inspect_checkpoint(&mut self, session: &Session) -> Effected<CheckpointFacts> {
         let record = self.record(session)?;
-        let lives_on = record.as_ref().map(Record::lives_on);
+        let lives_on = record
+            .as_ref()
+            .map(|record| record.lives_on(&self.node.instances));
         if lives_on != Some(Some(true)) && is_unwanted(&self.node, session)? {
             return Ok(CheckpointFacts::Unwanted);
         }
         let Some(record) = record else {
             return Ok(CheckpointFacts::Missing);
         };
-        match record.lives_on() {
-            Some(true) => return Ok(CheckpointFacts::Running),
-            Some(false) => {}
-            None => {
+        match lives_on {
+            Some(Some(true)) => return Ok(CheckpointFacts::Running),
+            Some(Some(false)) => {}
+            _ => {
                 let message = format!("the VMM of {} does not answer", session.guest);
                 return Err(EffectError::new(ErrorKind::Retry, message));
             }
@@ -104,11 +106,11 @@ impl HostWorld {
         let Some(record) = self.record(session)? else {
             return Ok(Settling::Gone);
         };
-        if !record.instance.is_alive() {
+        let vmm = record.vmm(&self.node.instances);
+        if !vmm.is_alive() {
             return Ok(Settling::Gone);
         }
-        let info = record
-            .instance
+        let info = vmm
             .client()
             .info()
             .map_err(|error| EffectError::new(ErrorKind::Retry, error.to_string()))?;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use understudy_vmm_control::api::VmState;
 use understudy_vmm_control::session::SaveInfo;
+use uuid::Uuid;
 
 use super::{HostWorld, errors};
 use crate::host_update::effects::{FoundGuest, Preflight, SaveProgress};
@@ -37,6 +38,7 @@ impl HostWorld {
                 guest: guest.key().to_string(),
                 uid: guest.uid(),
                 incarnation: instance.incarnation,
+                checkpoint: Uuid::new_v4(),
                 priority: guest.spec.priority,
                 memory_bytes,
                 expected_bytes: resident.unwrap_or(memory_bytes).min(memory_bytes),

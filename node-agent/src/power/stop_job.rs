@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use super::Shutdown;
 
@@ -50,6 +51,13 @@ impl Systemctl {
         }
     }
 
+    /// How long systemd waits for a unit to stop (`TimeoutStopUSec`); `None` where it cannot be told, or there
+    /// is no limit.
+    pub fn stop_timeout(&self, unit: &str) -> Option<Duration> {
+        let shown = self.output(&["show", "--property=TimeoutStopUSec", "--value", unit])?;
+        time_span(shown.trim())
+    }
+
     fn output(&self, arguments: &[&str]) -> Option<String> {
         let output = Command::new(&self.program)
             .args(arguments)
@@ -64,6 +72,30 @@ impl Systemctl {
             }
         }
     }
+}
+
+/// A time span as systemd prints it (systemd.time(7)): `12min`, `1h 30min 5s`, `250ms`.
+fn time_span(text: &str) -> Option<Duration> {
+    if text.is_empty() {
+        return None;
+    }
+    text.split_ascii_whitespace()
+        .map(|part| {
+            let digits = part.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+            let (number, unit) = part.split_at(digits);
+            let number: f64 = number.parse().ok()?;
+            let seconds = match unit {
+                "us" => 1e-6,
+                "ms" => 1e-3,
+                "s" => 1.0,
+                "min" => 60.0,
+                "h" => 3600.0,
+                "d" => 86_400.0,
+                _ => return None,
+            };
+            Duration::try_from_secs_f64(number * seconds).ok()
+        })
+        .sum()
 }
 
 #[cfg(test)]
@@ -91,6 +123,15 @@ mod tests {
             assert_eq!(systemctl(dir.path(), state, jobs).shutdown(), None, "{state}");
         }
         assert_eq!(Systemctl::new(Path::new("/no/such/systemctl")).shutdown(), None);
+    }
+
+    #[test]
+    fn the_time_that_a_unit_has_to_stop_is_read_as_systemd_prints_it() {
+        assert_eq!(time_span("12min"), Some(Duration::from_secs(720)));
+        assert_eq!(time_span("1h 30min 5s"), Some(Duration::from_secs(5405)));
+        assert_eq!(time_span("1.5s"), Some(Duration::from_millis(1500)));
+        assert_eq!(time_span("infinity"), None);
+        assert_eq!(time_span(""), None);
     }
 
     #[test]

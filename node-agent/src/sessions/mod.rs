@@ -18,11 +18,13 @@ use uuid::Uuid;
 use crate::config::Config;
 use crate::credentials::{CredentialError, HandedKeys, Registry};
 use crate::durable::DurableError;
+use crate::host::HostIdentity;
 use crate::node::Node;
+use crate::vmm::Instances;
 
 pub use estimate::{Estimate, estimate, memory_bytes, remember_rate};
 pub use record::{Record, Records, Standing};
-pub use resume::{ResumeError, Resumed, is_from, obtain_key, resume};
+pub use resume::{ResumeError, Resumed, obtain_key, resume};
 pub use save::{Cancelled, cancel, check_space, keep, register_key, running, save};
 
 /// The sessions of a node's guests.
@@ -33,8 +35,7 @@ pub struct Sessions {
     pub credentials: Registry,
     /// The keys, on their way to VMMs.
     pub keys: HandedKeys,
-    machine_id: String,
-    boot_id: String,
+    identity: HostIdentity,
 }
 
 /// Why a session was not saved, or a save not undone.
@@ -92,25 +93,24 @@ pub enum SessionError {
 }
 
 impl Sessions {
-    /// The sessions beneath the configuration's state directory, on a machine in a boot.
-    pub fn open(config: &Config, machine_id: String, boot_id: String) -> Sessions {
+    /// The sessions beneath the configuration's state directory, on a host in a boot.
+    pub fn open(config: &Config, identity: HostIdentity) -> Sessions {
         Sessions {
             records: Records::open(&config.state_dir),
             credentials: Registry::open(&config.state_dir, &config.credentials),
             keys: HandedKeys::new(&config.run_dir),
-            machine_id,
-            boot_id,
+            identity,
         }
     }
 
     /// The host's machine ID; empty where it has none.
     pub fn machine_id(&self) -> &str {
-        &self.machine_id
+        &self.identity.machine_id
     }
 
     /// The host's boot ID.
     pub fn boot_id(&self) -> &str {
-        &self.boot_id
+        &self.identity.boot_id
     }
 
     /// Destroys a checkpoint with its key; fine when it is gone.
@@ -124,7 +124,7 @@ impl Sessions {
     /// Destroys what no update names (`is_known`) and nobody can use: saves that were cut short, and
     /// checkpoints that were used. A complete and unused one stays, whoever made it. Called when the agent
     /// starts, before guests are looked at.
-    pub fn sweep(&self, is_known: impl Fn(Uuid) -> bool) {
+    pub fn sweep(&self, instances: &Instances, is_known: impl Fn(Uuid) -> bool) {
         for guest_uid in self.records.guests() {
             let records = match self.records.of(&guest_uid) {
                 Ok(records) => records,
@@ -138,7 +138,7 @@ impl Sessions {
                 let is_used_up = match self.records.standing(&record) {
                     Ok(Standing::Saved) => false,
                     // What a running VMM came from may hold memory that it has not read yet.
-                    Ok(_) => !record.instance.is_alive(),
+                    Ok(_) => !record.vmm(instances).is_alive(),
                     Err(error) => {
                         tracing::error!(guest = record.guest, %error, "a session is left alone");
                         false
@@ -173,7 +173,7 @@ pub fn unused(
             continue;
         }
         let is_unwanted = sessions.records.is_to_be_discarded(guest_uid, checkpoint);
-        if is_unwanted && !is_known(checkpoint) && !record.instance.is_alive() {
+        if is_unwanted && !is_known(checkpoint) && !record.vmm(&node.instances).is_alive() {
             tracing::warn!(guest = record.guest, %checkpoint, "its session is discarded, as the user asked");
             sessions.destroy(guest_uid, checkpoint)?;
         } else {

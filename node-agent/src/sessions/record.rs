@@ -6,13 +6,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use understudy_vmm_control::api::VmInfo;
 use understudy_vmm_control::config::VmConfig;
 use understudy_vmm_control::session::{CONSUMED, MANIFEST};
 use uuid::Uuid;
 
 use crate::credentials::Identity;
 use crate::durable::{self, DurableError};
-use crate::vmm::Instance;
+use crate::vmm::{Instance, Instances};
 
 /// Version of the record's format.
 pub(super) const VERSION: u32 = 1;
@@ -31,11 +32,38 @@ pub struct Record {
     pub node_update: String,
     /// The credential provider that was asked for; `None`: the node's default.
     pub provider: Option<String>,
-    /// The VMM that saves, and later that which resumes.
+    /// The VMM that saves, as it was found: what [`Record::vmm`] goes by where its own record is gone.
     pub instance: Instance,
     /// What the saving VMM was started with: a session goes on in the same machine, whatever the Guest's
     /// spec asks of the next boot.
     pub config: VmConfig,
+}
+
+impl Record {
+    /// The VMM of the session, that which saves or that which resumes, as its own record has it: that is
+    /// durable before a process exists, so that a VMM is found which an agent started that was killed.
+    pub fn vmm(&self, instances: &Instances) -> Instance {
+        instances
+            .get(&self.identity.guest_uid, self.instance.incarnation)
+            .unwrap_or_else(|| self.instance.clone())
+    }
+
+    /// Whether a VMM that goes on from this checkpoint runs; `None` where one runs and does not answer.
+    pub fn lives_on(&self, instances: &Instances) -> Option<bool> {
+        let vmm = self.vmm(instances);
+        if !vmm.is_alive() {
+            return Some(false);
+        }
+        let info = vmm.client().info().ok()?;
+        Some(is_from(&info, self.identity.checkpoint))
+    }
+}
+
+/// Whether a VMM goes on from this checkpoint.
+fn is_from(info: &VmInfo, checkpoint: Uuid) -> bool {
+    info.resume
+        .as_ref()
+        .is_some_and(|resume| resume.checkpoint == checkpoint)
 }
 
 /// What the files of a checkpoint say, whatever the record thinks.

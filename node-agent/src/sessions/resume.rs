@@ -8,7 +8,7 @@ use understudy_vmm_control::session::{Refusal, Resume, ResumeInfo};
 use uuid::Uuid;
 
 use super::SessionError;
-use super::record::{Record, Standing};
+use super::record::Standing;
 use super::save::find;
 use crate::credentials::CredentialError;
 use crate::durable::{self, DurableError};
@@ -72,9 +72,10 @@ pub enum ResumeError {
 /// Logs on: asks the credential provider for the key of a checkpoint, and puts it where the VMM reads it.
 pub fn obtain_key(node: &Node, guest_uid: &str, checkpoint: Uuid) -> Result<(), CredentialError> {
     let sessions = &node.sessions;
-    let key = sessions
-        .credentials
-        .log_on(checkpoint, guest_uid, &sessions.machine_id, &sessions.boot_id)?;
+    let key =
+        sessions
+            .credentials
+            .log_on(checkpoint, guest_uid, sessions.machine_id(), sessions.boot_id())?;
     sessions.keys.put(checkpoint, &key)?;
     Ok(())
 }
@@ -83,11 +84,11 @@ pub fn obtain_key(node: &Node, guest_uid: &str, checkpoint: Uuid) -> Result<(), 
 /// fails before the checkpoint was used, nothing was changed.
 pub fn resume(node: &Node, guest: &Guest, checkpoint: Uuid) -> Result<Resumed, ResumeError> {
     let sessions = &node.sessions;
-    let mut record = find(sessions, &guest.uid(), checkpoint)?;
-    if let Some(process) = record.instance.process() {
+    let record = find(sessions, &guest.uid(), checkpoint)?;
+    let mut vmm = record.vmm(&node.instances);
+    if let Some(process) = vmm.process() {
         // An agent that was killed has started it, or it was never gone.
-        let info = record
-            .instance
+        let info = vmm
             .client()
             .info()
             .map_err(|error| ResumeError::Silent(error.to_string()))?;
@@ -127,28 +128,25 @@ pub fn resume(node: &Node, guest: &Guest, checkpoint: Uuid) -> Result<Resumed, R
         directory: sessions.records.directory(&record.identity.guest_uid, checkpoint),
         key: sessions.keys.path(checkpoint),
         guest_uid: record.identity.guest_uid.clone(),
-        host_boot_id: sessions.boot_id.clone(),
-        machine_id: sessions.machine_id.clone(),
+        host_boot_id: sessions.boot_id().to_owned(),
+        machine_id: sessions.machine_id().to_owned(),
     });
-    record.instance.role = Role::Active;
-    record.instance.process = None;
-    let before = log_length(&record.instance.log);
+    vmm.role = Role::Active;
+    vmm.process = None;
+    let before = log_length(&vmm.log);
     let begin = host::moment();
-    let started = node
-        .launcher
-        .start(&node.instances, &mut record.instance, &config);
+    let started = node.launcher.start(&node.instances, &mut vmm, &config);
     // Read once at the start; a refused one is obtained anew.
     sessions.keys.take_away(checkpoint);
     match started {
         Ok(info) => {
-            sessions.records.put(&record)?;
             node.objects.wake();
             let resumed = told(&info, checkpoint, begin.unix_us)?;
             tracing::info!(guest = record.guest, %checkpoint, start_us = resumed.info.start_us, "its session goes on");
             Ok(resumed)
         }
         Err(error @ LaunchError::Ended { .. }) => {
-            let log = log_since(&record.instance.log, before);
+            let log = log_since(&vmm.log, before);
             if let Some((refusal, message)) = Refusal::find(&log) {
                 return Err(ResumeError::Refused {
                     refusal,
@@ -164,13 +162,6 @@ pub fn resume(node: &Node, guest: &Guest, checkpoint: Uuid) -> Result<Resumed, R
     }
 }
 
-/// Whether a VMM goes on from this checkpoint.
-pub fn is_from(info: &VmInfo, checkpoint: Uuid) -> bool {
-    info.resume
-        .as_ref()
-        .is_some_and(|resume| resume.checkpoint == checkpoint)
-}
-
 /// `begin_us` is when the process was started, at the earliest.
 fn told(info: &VmInfo, checkpoint: Uuid, begin_us: i64) -> Result<Resumed, ResumeError> {
     match &info.resume {
@@ -183,17 +174,5 @@ fn told(info: &VmInfo, checkpoint: Uuid, begin_us: i64) -> Result<Resumed, Resum
             resume.checkpoint
         ))),
         None => Err(ResumeError::Silent("it tells of no checkpoint".to_owned())),
-    }
-}
-
-impl Record {
-    /// Whether a VMM that goes on from this checkpoint runs, as far as its process tells; `None` where it
-    /// runs and does not answer.
-    pub fn lives_on(&self) -> Option<bool> {
-        if !self.instance.is_alive() {
-            return Some(false);
-        }
-        let info = self.instance.client().info().ok()?;
-        Some(is_from(&info, self.identity.checkpoint))
     }
 }

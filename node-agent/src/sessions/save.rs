@@ -72,7 +72,7 @@ pub fn register_key(
 ) -> Result<(), SessionError> {
     let sessions = &node.sessions;
     let (name, uid) = (guest.key().to_string(), guest.uid());
-    if sessions.machine_id.is_empty() {
+    if sessions.machine_id().is_empty() {
         return Err(SessionError::NoMachineId);
     }
     let instance = running(node, guest).ok_or_else(|| SessionError::NotRunning(name.clone()))?;
@@ -80,8 +80,8 @@ pub fn register_key(
         durable::read_json(&instance.config)?.ok_or_else(|| SessionError::NoConfiguration(name.clone()))?;
     let identity = Identity {
         guest_uid: uid,
-        machine_id: sessions.machine_id.clone(),
-        boot_id: sessions.boot_id.clone(),
+        machine_id: sessions.machine_id().to_owned(),
+        boot_id: sessions.boot_id().to_owned(),
         checkpoint,
     };
     sessions.records.put(&Record {
@@ -113,7 +113,7 @@ pub fn save(
 ) -> Result<SaveInfo, SessionError> {
     let sessions = &node.sessions;
     let record = find(sessions, guest_uid, checkpoint)?;
-    let client = record.instance.client();
+    let client = record.vmm(&node.instances).client();
     match client.save() {
         Ok(info) if info.checkpoint == checkpoint => {
             if info.state != SaveState::PreCopying || info.written_bytes > 0 {
@@ -142,8 +142,8 @@ pub fn save(
             directory,
             key: sessions.keys.path(checkpoint),
             guest_uid: guest_uid.to_owned(),
-            host_boot_id: sessions.boot_id.clone(),
-            machine_id: sessions.machine_id.clone(),
+            host_boot_id: sessions.boot_id().to_owned(),
+            machine_id: sessions.machine_id().to_owned(),
             target_pause_ms: millis(TARGET_PAUSE),
             lease_ms: millis(lease),
         })
@@ -160,7 +160,7 @@ pub fn keep(
     lease: Duration,
 ) -> Result<SaveInfo, SessionError> {
     let record = find(&node.sessions, guest_uid, checkpoint)?;
-    let asked = record.instance.client().keep_saved(&KeepSaved {
+    let asked = record.vmm(&node.instances).client().keep_saved(&KeepSaved {
         checkpoint,
         lease_ms: millis(lease),
     });
@@ -182,10 +182,10 @@ pub fn cancel(node: &Node, guest_uid: &str, checkpoint: Uuid) -> Result<Cancelle
     let Some(record) = sessions.records.get(guest_uid, checkpoint)? else {
         return Ok(Cancelled::RunsOn);
     };
-    if !record.instance.is_alive() {
+    if !record.vmm(&node.instances).is_alive() {
         return Ok(Cancelled::Gone);
     }
-    let client = record.instance.client();
+    let client = record.vmm(&node.instances).client();
     match client.save() {
         Ok(info) if info.checkpoint == checkpoint => {
             client

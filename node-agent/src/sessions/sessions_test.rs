@@ -223,14 +223,9 @@ fn a_session_goes_on_in_a_vmm_that_gets_its_checkpoint_and_key_and_its_own_machi
     // Found again by an agent that knows nothing of it.
     let again = resume(node, &guest, checkpoint).unwrap();
     assert_eq!(again.info, resumed.info);
-    let record = node
-        .sessions
-        .records
-        .get(&record.identity.guest_uid, checkpoint)
-        .unwrap()
-        .unwrap();
-    assert_eq!(record.lives_on(), Some(true));
-    assert!(record.instance.process().unwrap().kill(Duration::from_secs(60)));
+    assert_eq!(record.lives_on(&node.instances), Some(true));
+    let process = record.vmm(&node.instances).process().unwrap();
+    assert!(process.kill(Duration::from_secs(60)));
 }
 
 #[test]
@@ -249,7 +244,9 @@ fn a_used_or_torn_checkpoint_that_no_update_knows_is_swept_and_a_complete_one_ne
     fs::write(directory(&used).join(CONSUMED), "").unwrap();
     fs::remove_file(directory(&torn).join(MANIFEST)).unwrap();
     fs::remove_file(directory(&known).join(MANIFEST)).unwrap();
-    sessions.sweep(|checkpoint| checkpoint == known.identity.checkpoint);
+    sessions.sweep(&bed.node.instances, |checkpoint| {
+        checkpoint == known.identity.checkpoint
+    });
     assert!(directory(&saved).join(MANIFEST).exists());
     assert!(directory(&known).exists());
     for gone in [&used, &torn] {
