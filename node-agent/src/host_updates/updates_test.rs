@@ -40,6 +40,8 @@ fn serve(instance: &Instance, fails: bool) -> (FakeVmm, Arc<Mutex<Vm>>) {
                 let mut info = FakeVmm::info(json!({"state": vm.state}));
                 if let Some(resumed) = &vm.resumed {
                     info["resume"] = resumed.clone();
+                    // Before it is started nobody has its process ID.
+                    info["pid"] = json!(u32::MAX);
                 }
                 return (200, info);
             }
@@ -99,6 +101,7 @@ fn pass_until(
     mut when: impl FnMut(&NodeUpdate) -> bool,
 ) -> NodeUpdate {
     let deadline = Instant::now() + Duration::from_secs(120);
+    let mut seen = 0;
     loop {
         updates.pass();
         let all = bed.store.list::<NodeUpdate>();
@@ -112,7 +115,7 @@ fn pass_until(
             .pop()
             .and_then(|update| update.status);
         assert!(Instant::now() < deadline, "gave up waiting for {what}: {now:?}");
-        bed.store.wait(u64::MAX, Duration::from_millis(50));
+        seen = bed.store.wait(seen, Duration::from_millis(50));
     }
 }
 
@@ -131,6 +134,9 @@ fn reboot(bed: &Bed, instance: &Instance, boot_id: &str) -> Arc<Node> {
     instance.process = Some(gone);
     bed.node.instances.put(&instance).unwrap();
     bed.node.stop();
+    bed.wait("the driver to end", |bed| {
+        (!bed.node.work.is_busy()).then_some(())
+    });
     let identity = HostIdentity {
         boot_id: boot_id.to_owned(),
         ..HostIdentity::read()
