@@ -153,7 +153,7 @@ impl Sessions {
                 }
             }
         }
-        self.keys.sweep(|checkpoint| is_known(checkpoint));
+        self.keys.sweep(is_known);
     }
 }
 
