@@ -224,7 +224,7 @@ fn a_session_goes_on_in_a_vmm_that_gets_its_checkpoint_and_key_and_its_own_machi
     // Found again by an agent that knows nothing of it.
     let again = resume(node, &guest, checkpoint).unwrap();
     assert_eq!(again.info, resumed.info);
-    assert_eq!(record.lives_on(&node.instances), Some(true));
+    assert_eq!(record.life(&node.instances), Life::GoesOn);
     let process = record.vmm(&node.instances).process().unwrap();
     assert!(process.kill(Duration::from_secs(60)));
 }
