@@ -33,8 +33,43 @@ fn good(kind: Kind) -> Value {
             },
             "status": {"observedGeneration": 1, "phase": "Integrating"},
         }),
+        Kind::HostUpdate => json!({
+            "metadata": {"name": "kernel"},
+            "spec": how_to_update(json!({
+                "nodeSelector": {"matchLabels": {"kubernetes.io/hostname": "node-a"}},
+            })),
+        }),
+        Kind::NodeUpdate => json!({
+            "metadata": {"name": "kernel-5d3a"},
+            "spec": how_to_update(json!({
+                "nodeName": "node-a", "origin": "HostUpdate", "reason": "a newer kernel",
+                "hostUpdate": {"name": "kernel", "uid": "6f2c", "generation": 1},
+            })),
+            "status": {"observedGeneration": 1, "phase": "Saving"},
+        }),
+        Kind::Host => json!({"metadata": {"name": "node-a"}, "spec": {}}),
     }
 }
+
+/// A spec with everything that says how a node is updated.
+fn how_to_update(mut spec: Value) -> Value {
+    spec["update"] = json!({"command": ["/usr/bin/true", ""], "timeout": "30m"});
+    spec["expect"] = json!({"kernelRelease": "6.1.0-50-amd64"});
+    spec["reboot"] = json!({"method": "Command", "command": ["/sbin/reboot"], "timeout": "10m"});
+    spec["sessions"] = json!({"store": "Disk", "credentialProvider": "file", "timeout": "1h"});
+    spec
+}
+
+/// Fields of text that say how a node is updated.
+const HOW_TO_UPDATE: [&str; 7] = [
+    "/spec/update/command/0",
+    "/spec/update/timeout",
+    "/spec/expect/kernelRelease",
+    "/spec/reboot/command/0",
+    "/spec/reboot/timeout",
+    "/spec/sessions/credentialProvider",
+    "/spec/sessions/timeout",
+];
 
 /// Values that some rule or other refuses, by JSON pointer.
 fn changes(kind: Kind) -> Vec<(&'static str, Value)> {
@@ -106,9 +141,21 @@ fn changes(kind: Kind) -> Vec<(&'static str, Value)> {
             "/spec/timeouts/rebooting",
             "/spec/timeouts/integrating",
         ],
+        Kind::HostUpdate | Kind::Host => &[],
+        Kind::NodeUpdate => &[
+            "/spec/nodeName",
+            "/spec/reason",
+            "/spec/hostUpdate/name",
+            "/spec/hostUpdate/uid",
+        ],
+    };
+    let shared: &[&str] = match kind {
+        Kind::HostUpdate | Kind::NodeUpdate => &HOW_TO_UPDATE,
+        _ => &[],
     };
     let mut changes: Vec<(&str, Value)> = pointers
         .iter()
+        .chain(shared)
         .flat_map(|pointer| words.iter().map(|word| (*pointer, json!(word))))
         .collect();
     changes.push(("/metadata/name", json!("a".repeat(64))));
@@ -134,6 +181,21 @@ fn changes(kind: Kind) -> Vec<(&'static str, Value)> {
             ("/spec/expect", json!({"bootedAfter": "2026-11-22T18:00:00Z"})),
             ("/status/phase", json!("Failed")),
         ]),
+        Kind::HostUpdate => {}
+        Kind::NodeUpdate => changes.extend([
+            ("/spec/origin", json!("Host")),
+            ("/status/phase", json!("Failed")),
+        ]),
+        Kind::Host => {}
+    }
+    if !shared.is_empty() {
+        changes.extend([
+            ("/spec/expect", json!({})),
+            ("/spec/reboot", json!({})),
+            ("/spec/reboot", json!({"method": "Command"})),
+            ("/spec/reboot", json!({"command": ["/sbin/reboot"]})),
+            ("/spec/reboot/method", json!("Systemd")),
+        ]);
     }
     changes
 }

@@ -2,7 +2,7 @@
 
 use jiff::Timestamp;
 
-use crate::{Condition, Phase, Time};
+use crate::{Condition, NodeUpdatePhase, Phase, Time};
 
 /// Types of conditions.
 pub mod types {
@@ -12,14 +12,16 @@ pub mod types {
     pub const RECONCILING: &str = "Reconciling";
     /// It will not get further by itself (kstatus).
     pub const STALLED: &str = "Stalled";
-    /// A SeamlessReboot has succeeded (as a Job's).
+    /// A SeamlessReboot or NodeUpdate has succeeded (as a Job's).
     pub const COMPLETE: &str = "Complete";
-    /// A SeamlessReboot has failed or was aborted (as a Job's).
+    /// A SeamlessReboot or NodeUpdate has failed or was aborted (as a Job's).
     pub const FAILED: &str = "Failed";
     /// The guest agent answers.
     pub const AGENT_CONNECTED: &str = "AgentConnected";
     /// The guest says that a newer kernel or library waits for a reboot.
     pub const REBOOT_REQUIRED: &str = "RebootRequired";
+    /// A reboot that the host begins would wait until all sessions are saved.
+    pub const SESSIONS_SAFE: &str = "SessionsSafe";
 }
 
 /// Reasons, in one word each. Part of the API: they are matched by scripts.
@@ -64,6 +66,32 @@ pub mod reasons {
     pub const ABORTED: &str = "Aborted";
     /// The manifest is not valid.
     pub const INVALID: &str = "Invalid";
+    /// It waits for a reboot of the host, or was undone for it.
+    pub const HOST_UPDATING: &str = "HostUpdating";
+    /// Every session goes on after the host's reboot.
+    pub const SESSIONS_RESUMED: &str = "SessionsResumed";
+    /// A guest's session was saved; it is resumed after the host's reboot.
+    pub const SESSION_SAVED: &str = "SessionSaved";
+    /// A guest's session could not be saved; it runs on.
+    pub const SAVE_FAILED: &str = "SaveFailed";
+    /// A saved session could not be resumed; it is kept.
+    pub const SESSION_REFUSED: &str = "SessionRefused";
+    /// A session ended with the host: it could not be saved in time, or the host went down by itself.
+    pub const SESSION_LOST: &str = "SessionLost";
+    /// The credential provider is missing, or it is not able to keep or to return a key.
+    pub const CREDENTIAL_UNAVAILABLE: &str = "CredentialUnavailable";
+    /// `update.command` failed.
+    pub const UPDATE_COMMAND_FAILED: &str = "UpdateCommandFailed";
+    /// The host did not go down in time.
+    pub const REBOOT_TIMED_OUT: &str = "RebootTimedOut";
+    /// The host could not be asked to reboot.
+    pub const REBOOT_FAILED: &str = "RebootFailed";
+    /// The host went down before sessions were being saved.
+    pub const HOST_WENT_DOWN: &str = "HostWentDown";
+    /// The host has called off the reboot that it had begun.
+    pub const REBOOT_CALLED_OFF: &str = "RebootCalledOff";
+    /// No new pass is begun while `paused` is true.
+    pub const PAUSED: &str = "Paused";
 }
 
 /// One condition as it shall be now.
@@ -108,12 +136,43 @@ pub fn set(conditions: &mut Vec<Condition>, generation: i64, now: Timestamp, wan
     }
 }
 
-/// Status of `Ready`, `Reconciling`, `Stalled`, `Complete` and `Failed` of a SeamlessReboot in a phase.
-pub fn table(phase: Phase) -> [(&'static str, bool); 5] {
-    let (ready, reconciling, stalled, complete, failed) = match phase {
-        Phase::Succeeded => (true, false, false, true, false),
-        Phase::Failed | Phase::Aborted => (false, false, true, false, true),
-        _ => (false, true, false, false, false),
+/// What a phase means to those who wait, whatever it is a phase of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// Work is under way.
+    Underway,
+    /// It has come to a good end.
+    Good,
+    /// It has come to another end.
+    Bad,
+}
+
+impl From<Phase> for Standing {
+    fn from(phase: Phase) -> Standing {
+        match phase {
+            Phase::Succeeded => Standing::Good,
+            Phase::Failed | Phase::Aborted => Standing::Bad,
+            _ => Standing::Underway,
+        }
+    }
+}
+
+impl From<NodeUpdatePhase> for Standing {
+    fn from(phase: NodeUpdatePhase) -> Standing {
+        match phase {
+            NodeUpdatePhase::Resumed => Standing::Good,
+            NodeUpdatePhase::Failed | NodeUpdatePhase::Aborted => Standing::Bad,
+            _ => Standing::Underway,
+        }
+    }
+}
+
+/// Status of `Ready`, `Reconciling`, `Stalled`, `Complete` and `Failed` of a SeamlessReboot or NodeUpdate.
+pub fn table(standing: Standing) -> [(&'static str, bool); 5] {
+    let (ready, reconciling, stalled, complete, failed) = match standing {
+        Standing::Good => (true, false, false, true, false),
+        Standing::Bad => (false, false, true, false, true),
+        Standing::Underway => (false, true, false, false, false),
     };
     [
         (types::READY, ready),
@@ -124,16 +183,16 @@ pub fn table(phase: Phase) -> [(&'static str, bool); 5] {
     ]
 }
 
-/// Sets the conditions of a SeamlessReboot in a phase.
+/// Sets the conditions of a SeamlessReboot or NodeUpdate in a phase.
 pub fn set_for_phase(
     conditions: &mut Vec<Condition>,
     generation: i64,
     now: Timestamp,
-    phase: Phase,
+    phase: impl Into<Standing>,
     reason: &str,
     message: &str,
 ) {
-    let wanted = table(phase).map(|(kind, status)| Wanted {
+    let wanted = table(phase.into()).map(|(kind, status)| Wanted {
         kind,
         status: Some(status),
         reason,
@@ -185,6 +244,20 @@ mod tests {
                 _ => "InProgress",
             };
             assert_eq!(kstatus(&conditions), expected, "{phase}");
+        }
+        for phase in NodeUpdatePhase::ALL {
+            let mut conditions = Vec::new();
+            set_for_phase(&mut conditions, 1, at(1), phase, reasons::IN_PROGRESS, "");
+            assert_eq!(
+                kstatus(&conditions) != "InProgress",
+                phase.is_terminal(),
+                "{phase}"
+            );
+            assert_eq!(
+                kstatus(&conditions) == "Current",
+                phase == NodeUpdatePhase::Resumed,
+                "{phase}"
+            );
         }
     }
 

@@ -6,7 +6,7 @@ use kube::core::CustomResourceExt;
 use serde_json::{Value, json};
 
 use crate::rules::{self, Rule};
-use crate::{Guest, SeamlessReboot};
+use crate::{Guest, Host, HostUpdate, NodeUpdate, SeamlessReboot};
 
 /// A kind of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +15,12 @@ pub enum Kind {
     Guest,
     /// [`SeamlessReboot`].
     SeamlessReboot,
+    /// [`HostUpdate`].
+    HostUpdate,
+    /// [`NodeUpdate`].
+    NodeUpdate,
+    /// [`Host`].
+    Host,
 }
 
 struct Definition {
@@ -36,16 +42,55 @@ static SEAMLESS_REBOOT: LazyLock<Definition> = LazyLock::new(|| {
         &[("status.phaseTransitions", None)],
     )
 });
+static HOST_UPDATE: LazyLock<Definition> = LazyLock::new(|| {
+    define(
+        rules::host_update(),
+        &HostUpdate::crd(),
+        &[
+            ("status.nodes", Some("name")),
+            ("spec.update.command", None),
+            ("spec.reboot.command", None),
+        ],
+    )
+});
+static NODE_UPDATE: LazyLock<Definition> = LazyLock::new(|| {
+    define(
+        rules::node_update(),
+        &NodeUpdate::crd(),
+        &[
+            ("status.phaseTransitions", None),
+            ("status.result.guests", None),
+            ("spec.update.command", None),
+            ("spec.reboot.command", None),
+        ],
+    )
+});
+static HOST: LazyLock<Definition> = LazyLock::new(|| {
+    define(
+        rules::host(),
+        &Host::crd(),
+        &[("status.credentialProviders", Some("name"))],
+    )
+});
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Kind; 2] = [Kind::Guest, Kind::SeamlessReboot];
+    pub const ALL: [Kind; 5] = [
+        Kind::Guest,
+        Kind::SeamlessReboot,
+        Kind::HostUpdate,
+        Kind::NodeUpdate,
+        Kind::Host,
+    ];
 
     /// As in `kind:`.
     pub fn name(self) -> &'static str {
         match self {
             Kind::Guest => "Guest",
             Kind::SeamlessReboot => "SeamlessReboot",
+            Kind::HostUpdate => "HostUpdate",
+            Kind::NodeUpdate => "NodeUpdate",
+            Kind::Host => "Host",
         }
     }
 
@@ -54,10 +99,18 @@ impl Kind {
         Kind::ALL.into_iter().find(|kind| kind.name() == name)
     }
 
+    /// Whether objects of this kind lie in a namespace; the others belong to the cluster.
+    pub fn is_namespaced(self) -> bool {
+        matches!(self, Kind::Guest | Kind::SeamlessReboot)
+    }
+
     fn definition(self) -> &'static Definition {
         match self {
             Kind::Guest => &GUEST,
             Kind::SeamlessReboot => &SEAMLESS_REBOOT,
+            Kind::HostUpdate => &HOST_UPDATE,
+            Kind::NodeUpdate => &NODE_UPDATE,
+            Kind::Host => &HOST,
         }
     }
 

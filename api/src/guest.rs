@@ -72,6 +72,11 @@ pub struct GuestSpec {
     /// source files of its writable disks and all their layers.
     #[serde(default)]
     pub deletion_policy: DeletionPolicy,
+    /// Order in which sessions are resumed after a reboot of the host: higher ones first, from -1000 to
+    /// 1000; the name decides among equals.
+    #[serde(default)]
+    #[schemars(range(min = -1000, max = 1000))]
+    pub priority: i32,
 }
 
 fn one() -> i32 {
@@ -215,6 +220,9 @@ pub struct GuestStatus {
     /// The incarnation before this one, paused and kept after a cutover.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dormant: Option<Dormant>,
+    /// Its session, from when it is saved until it goes on; where it could not be resumed, it stays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session: Option<SavedSession>,
     /// The guest's last request to be rebooted, and what became of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reboot_request: Option<RebootRequest>,
@@ -235,6 +243,7 @@ impl Default for GuestStatus {
             guest_agent: None,
             addresses: Vec::new(),
             dormant: None,
+            session: None,
             reboot_request: None,
             conditions: Vec::new(),
         }
@@ -252,6 +261,13 @@ pub enum GuestPhase {
     Running,
     /// Its power button was pressed.
     Stopping,
+    /// Its session is being saved; it runs, but for the last short pause.
+    Saving,
+    /// Its session is saved, and it does not run: the host is about to reboot. Or it could not be resumed:
+    /// the `Ready` condition tells why, its files are untouched, and it is not started anew.
+    Saved,
+    /// It is being resumed from its session.
+    Resuming,
     /// It does not run, as `runStrategy` asks.
     Halted,
     /// It does not run although it shall; the `Ready` condition tells why.
@@ -280,6 +296,21 @@ pub struct Dormant {
     pub incarnation: i64,
     /// When it is removed.
     pub deadline: Time,
+}
+
+/// A guest's saved session.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SavedSession {
+    /// The checkpoint's UUID.
+    pub checkpoint: String,
+    /// Name of the NodeUpdate for which it was saved.
+    pub node_update: String,
+    /// When it was durable.
+    pub saved_at: Time,
+    /// Bytes of the checkpoint on disk.
+    #[serde(default)]
+    pub saved_bytes: i64,
 }
 
 /// A guest's own request to be rebooted.

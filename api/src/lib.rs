@@ -1,5 +1,6 @@
-//! Resource types of Understudy (`understudy.dev/v1alpha1`): [`Guest`] and [`SeamlessReboot`], their
-//! phases and conditions, the rules that a manifest must satisfy, and the CRDs generated from all of it.
+//! Resource types of Understudy (`understudy.dev/v1alpha1`): [`Guest`], [`SeamlessReboot`], [`HostUpdate`],
+//! [`NodeUpdate`] and [`Host`], their phases and conditions, the rules that a manifest must satisfy, and the
+//! CRDs generated from all of it.
 //!
 //! Types only: no client and no runtime, so that the operator, the node agent with a cluster, the node
 //! agent without one, and tests share the same words and the same rules.
@@ -9,7 +10,11 @@ pub mod conditions;
 pub mod crd;
 pub mod duration;
 pub mod guest;
+pub mod host;
+pub mod host_update;
 pub mod manifest;
+pub mod node_phase;
+pub mod node_update;
 pub mod phase;
 pub mod quantity;
 pub mod reboot;
@@ -18,8 +23,12 @@ mod structural;
 pub mod validation;
 
 pub use guest::{Guest, GuestSpec, GuestStatus};
+pub use host::{Host, HostSpec, HostStatus};
+pub use host_update::{HostUpdate, HostUpdateSpec, HostUpdateStatus};
 pub use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta, Time};
 pub use kube::core::{Resource, ResourceExt};
+pub use node_phase::NodeUpdatePhase;
+pub use node_update::{NodeUpdate, NodeUpdateSpec, NodeUpdateStatus};
 pub use phase::Phase;
 pub use reboot::{SeamlessReboot, SeamlessRebootSpec, SeamlessRebootStatus};
 

@@ -4,18 +4,21 @@ use serde_json::Value;
 
 use crate::crd::Kind;
 use crate::validation::{FieldError, validate};
-use crate::{API_VERSION, Guest, SeamlessReboot};
+use crate::{API_VERSION, Guest, HostUpdate, SeamlessReboot};
 
 /// Largest manifest that is read, in bytes.
 pub const MAX_MANIFEST: usize = 1 << 20;
 
-/// A checked manifest. Defaults are filled in; `metadata.namespace` is set (`default` where absent).
+/// A checked manifest. Defaults are filled in; `metadata.namespace` is set (`default` where absent) for kinds
+/// that have one.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Manifest {
     /// A Guest.
     Guest(Box<Guest>),
     /// A SeamlessReboot.
     SeamlessReboot(Box<SeamlessReboot>),
+    /// A HostUpdate.
+    HostUpdate(Box<HostUpdate>),
 }
 
 /// Why a manifest was refused. It says which document (from 1) of the text is meant.
@@ -29,7 +32,7 @@ pub enum ManifestError {
     Yaml(String),
     /// Another kind of object, or another version.
     #[error(
-        "document {document}: apiVersion {api_version:?}, kind {kind:?} is not known here; known: {API_VERSION} with Guest or SeamlessReboot"
+        "document {document}: apiVersion {api_version:?}, kind {kind:?} is not known here; known: {API_VERSION} with Guest, SeamlessReboot or HostUpdate"
     )]
     UnknownKind {
         /// Which document.
@@ -39,12 +42,22 @@ pub enum ManifestError {
         /// `kind` as it stands.
         kind: String,
     },
+    /// A kind that nobody applies.
+    #[error(
+        "document {document}: a {kind} is made by node agents and cannot be applied; apply a HostUpdate to have a host rebooted"
+    )]
+    MadeByAgents {
+        /// Which document.
+        document: usize,
+        /// `NodeUpdate` or `Host`.
+        kind: &'static str,
+    },
     /// Fields are wrong.
     #[error("document {document}, {kind} {name:?}: {}", errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
     Invalid {
         /// Which document.
         document: usize,
-        /// `Guest` or `SeamlessReboot`.
+        /// `Guest`, `SeamlessReboot` or `HostUpdate`.
         kind: &'static str,
         /// `metadata.name`, as far as it is there.
         name: String,
@@ -81,6 +94,10 @@ fn decode(document: usize, mut object: Value) -> Result<Manifest, ManifestError>
             });
         }
     };
+    if matches!(kind, Kind::NodeUpdate | Kind::Host) {
+        let kind = kind.name();
+        return Err(ManifestError::MadeByAgents { document, kind });
+    }
     drop_nulls(&mut object);
     let name = text(&object["metadata"]["name"]);
     let invalid = |errors| ManifestError::Invalid {
@@ -89,12 +106,12 @@ fn decode(document: usize, mut object: Value) -> Result<Manifest, ManifestError>
         name: name.clone(),
         errors,
     };
-    let mut errors = metadata(&object);
+    let mut errors = metadata(kind, &object);
     errors.extend(validate(kind, &object));
     if !errors.is_empty() {
         return Err(invalid(errors));
     }
-    if object["metadata"]["namespace"].is_null() {
+    if kind.is_namespaced() && object["metadata"]["namespace"].is_null() {
         object["metadata"]["namespace"] = "default".into();
     }
     // What the schema accepts decodes; should the two ever disagree, the decoder's words are shown.
@@ -102,6 +119,11 @@ fn decode(document: usize, mut object: Value) -> Result<Manifest, ManifestError>
     Ok(match kind {
         Kind::Guest => Manifest::Guest(serde_json::from_value(object).map_err(mismatch)?),
         Kind::SeamlessReboot => Manifest::SeamlessReboot(serde_json::from_value(object).map_err(mismatch)?),
+        Kind::HostUpdate => Manifest::HostUpdate(serde_json::from_value(object).map_err(mismatch)?),
+        Kind::NodeUpdate | Kind::Host => {
+            let kind = kind.name();
+            return Err(ManifestError::MadeByAgents { document, kind });
+        }
     })
 }
 
@@ -118,7 +140,7 @@ fn drop_nulls(value: &mut Value) {
 }
 
 /// What the API server checks of names by itself.
-fn metadata(object: &Value) -> Vec<FieldError> {
+fn metadata(kind: Kind, object: &Value) -> Vec<FieldError> {
     let metadata = &object["metadata"];
     let mut errors = Vec::new();
     let is_name = |value: &Value, dots: bool| {
@@ -136,6 +158,13 @@ fn metadata(object: &Value) -> Vec<FieldError> {
         errors.push(FieldError::new("metadata.name", Some(&metadata["name"]), words));
     }
     let namespace = &metadata["namespace"];
+    if !kind.is_namespaced() {
+        if !namespace.is_null() {
+            let words = format!("must be left out: a {} belongs to no namespace", kind.name());
+            errors.push(FieldError::new("metadata.namespace", Some(namespace), &words));
+        }
+        return errors;
+    }
     let short = namespace.as_str().is_some_and(|name| name.len() <= 63);
     if !namespace.is_null() && (!short || !is_name(namespace, false)) {
         errors.push(FieldError::new("metadata.namespace", Some(namespace), words));

@@ -50,11 +50,17 @@ fn a_manifest_gets_the_defaults_that_the_crd_names() {
     let Manifest::SeamlessReboot(reboot) = one(&example("seamlessreboot.yaml")).unwrap() else {
         panic!("not a reboot");
     };
+    let Manifest::HostUpdate(update) = one(&example("hostupdate.yaml")).unwrap() else {
+        panic!("not an update of hosts");
+    };
+    assert_eq!(update.metadata.namespace, None);
     for kind in Kind::ALL {
         let spec = &kind.schema()["properties"]["spec"]["properties"];
         let there = match kind {
             Kind::Guest => serde_json::to_value(&guest.spec).unwrap(),
             Kind::SeamlessReboot => serde_json::to_value(&reboot.spec).unwrap(),
+            Kind::HostUpdate => serde_json::to_value(&update.spec).unwrap(),
+            Kind::NodeUpdate | Kind::Host => continue,
         };
         for (name, property) in spec.as_object().unwrap() {
             if !property["default"].is_null() && !example_names(kind).contains(&name.as_str()) {
@@ -69,6 +75,7 @@ fn example_names(kind: Kind) -> &'static [&'static str] {
     match kind {
         Kind::Guest => &["cpus", "networks"],
         Kind::SeamlessReboot => &["services"],
+        _ => &["nodeSelector", "reboot", "sessions"],
     }
 }
 
@@ -195,6 +202,72 @@ fn what_is_wrong_with_a_reboot_is_told_by_field() {
         "timeouts: {rebooting: [1s]}",
         &["spec.timeouts.rebooting", "string"],
     );
+}
+
+#[test]
+fn what_is_wrong_with_an_update_of_hosts_is_told_by_field() {
+    let refused = |line, by, words: &[&str]| refused("hostupdate.yaml", line, by, words);
+    refused(
+        "name: newer-kernel",
+        "name: newer-kernel\n  namespace: default",
+        &["metadata.namespace", "left out"],
+    );
+    refused(
+        "kubernetes.io/hostname: node-a",
+        "kubernetes.io/hostname: 5",
+        &[
+            "spec.nodeSelector.matchLabels[\"kubernetes.io/hostname\"]",
+            "string",
+        ],
+    );
+    refused(
+        "matchLabels:",
+        "matchLabel:",
+        &["spec.nodeSelector.matchLabel", "matchLabels"],
+    );
+    refused(
+        "method: Systemd",
+        "method: Kexec",
+        &["spec.reboot.method", "one of Systemd, Command"],
+    );
+    refused(
+        "method: Systemd",
+        "method: Command",
+        &["spec.reboot", "command must be there"],
+    );
+    refused(
+        "timeout: 10m",
+        "timeout: 2h",
+        &["spec.reboot.timeout", "between 1s and 50m"],
+    );
+    refused(
+        "credentialProvider: systemd-creds",
+        "credentialProvider: Key File",
+        &["spec.sessions.credentialProvider", "systemd-creds"],
+    );
+    refused(
+        "store: Disk",
+        "store: Memory",
+        &["spec.sessions.store", "one of Disk"],
+    );
+    refused(
+        "kernelRelease: 6.1.0-50-amd64",
+        "kernel: 6.1",
+        &["spec.expect.kernel", "kernelRelease"],
+    );
+}
+
+#[test]
+fn what_agents_make_cannot_be_applied() {
+    for kind in ["NodeUpdate", "Host"] {
+        let text =
+            format!("apiVersion: understudy.dev/v1alpha1\nkind: {kind}\nmetadata: {{name: a}}\nspec: {{}}\n");
+        let error = one(&text).unwrap_err().to_string();
+        assert!(
+            error.contains(kind) && error.contains("apply a HostUpdate"),
+            "{error}"
+        );
+    }
 }
 
 #[test]

@@ -179,19 +179,10 @@ pub fn seamless_reboot() -> Vec<Rule> {
             "must be the name of a Guest in the same namespace",
         ),
         text("spec.reason", 1024),
-        value(
-            "spec.expect",
-            "has(self.kernelRelease) || has(self.bootedAfter)",
-            |expect| has(expect, "kernelRelease") || has(expect, "bootedAfter"),
-            "must say what holds after the reboot: kernelRelease, bootedAfter or both",
-        ),
-        matches(
-            "spec.expect.kernelRelease",
-            RELEASE,
-            64,
-            "must be a kernel release as 'uname -r' prints it, such as 6.1.0-50-cloud-amd64",
-        ),
     ];
+    rules.extend(expectation(
+        "must be a kernel release as 'uname -r' prints it, such as 6.1.0-50-cloud-amd64",
+    ));
     for path in ["spec.services.hold[]", "spec.services.stop[]"] {
         rules.push(matches(
             path,
@@ -217,6 +208,123 @@ pub fn seamless_reboot() -> Vec<Rule> {
         rules.push(between(path, least, most));
     }
     rules
+}
+
+/// Rules of a `HostUpdate`.
+pub fn host_update() -> Vec<Rule> {
+    let mut rules = vec![value(
+        "",
+        "self.metadata.name.size() <= 52",
+        |object| str(&object["metadata"]["name"]).len() <= 52,
+        "metadata.name must have at most 52 characters: NodeUpdates are named after it",
+    )];
+    rules.extend(how_to_update());
+    rules
+}
+
+/// Rules of a `NodeUpdate`.
+pub fn node_update() -> Vec<Rule> {
+    let mut rules = vec![
+        name_of_object(),
+        change(
+            "spec",
+            "self == oldSelf",
+            |old, new| old == new,
+            "cannot be changed: a NodeUpdate is one reboot of one host",
+        ),
+        change(
+            "status",
+            "!has(oldSelf.phase) || !(oldSelf.phase in ['Resumed', 'Failed', 'Aborted']) || (has(self.phase) && self.phase == oldSelf.phase)",
+            |old, new| {
+                !["Resumed", "Failed", "Aborted"].contains(&str(&old["phase"]))
+                    || old["phase"] == new["phase"]
+            },
+            "phase cannot be changed any more: the update is finished",
+        ),
+        matches(
+            "spec.nodeName",
+            DNS_LABELS,
+            253,
+            "must be the name of a node: lower-case letters, digits, '-' and '.'",
+        ),
+        text("spec.reason", 1024),
+        matches(
+            "spec.hostUpdate.name",
+            DNS_LABELS,
+            52,
+            "must be the name of a HostUpdate",
+        ),
+        text("spec.hostUpdate.uid", 64),
+        value(
+            "spec",
+            "has(self.hostUpdate) == (self.origin == 'HostUpdate')",
+            |spec| has(spec, "hostUpdate") == (spec["origin"] == "HostUpdate"),
+            "hostUpdate must be there for the origin HostUpdate, and only for it",
+        ),
+    ];
+    rules.extend(how_to_update());
+    rules
+}
+
+/// Rules of a `Host`.
+pub fn host() -> Vec<Rule> {
+    Vec::new()
+}
+
+/// What a HostUpdate says of how a node is updated, and its NodeUpdates repeat.
+fn how_to_update() -> Vec<Rule> {
+    let mut rules = vec![
+        value(
+            "spec.reboot",
+            "has(self.command) == (has(self.method) && self.method == 'Command')",
+            |reboot| has(reboot, "command") == (reboot["method"] == "Command"),
+            "command must be there for the method Command, and only for it",
+        ),
+        matches(
+            "spec.sessions.credentialProvider",
+            DNS_LABEL,
+            63,
+            "must be the name of a credential provider of the node, such as systemd-creds",
+        ),
+    ];
+    rules.extend(expectation(
+        "must be a kernel release as 'uname -r' prints it, such as 6.1.0-50-amd64",
+    ));
+    for path in ["spec.update.command", "spec.reboot.command"] {
+        rules.push(value(
+            path,
+            "self[0].size() > 0",
+            |command| !str(&command[0]).is_empty(),
+            "must begin with the program to run",
+        ));
+    }
+    for (path, most) in [
+        ("spec.update.timeout", "24h"),
+        ("spec.reboot.timeout", "50m"),
+        ("spec.sessions.timeout", "24h"),
+    ] {
+        rules.push(matches(
+            path,
+            DURATION,
+            32,
+            "must be a duration such as 500ms, 30s or 1h30m",
+        ));
+        rules.push(between(path, "1s", most));
+    }
+    rules
+}
+
+/// What `expect` may say.
+fn expectation(release: &str) -> [Rule; 2] {
+    [
+        value(
+            "spec.expect",
+            "has(self.kernelRelease) || has(self.bootedAfter)",
+            |expect| has(expect, "kernelRelease") || has(expect, "bootedAfter"),
+            "must say what holds after the reboot: kernelRelease, bootedAfter or both",
+        ),
+        matches("spec.expect.kernelRelease", RELEASE, 64, release),
+    ]
 }
 
 /// Guests and reboots name files, units and sockets after themselves.

@@ -1,7 +1,7 @@
 //! Checks a value against the structural schema of a CRD, as the API server does: unknown and missing
 //! fields, types, enumerations, ranges, lengths, list-map keys, formats.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::validation::FieldError;
 
@@ -37,6 +37,7 @@ fn object(schema: &Value, value: &Value, path: &str, errors: &mut Vec<FieldError
         return;
     };
     let Some(properties) = schema["properties"].as_object() else {
+        map(schema, fields, path, errors);
         return;
     };
     for required in schema["required"].as_array().into_iter().flatten() {
@@ -59,6 +60,28 @@ fn object(schema: &Value, value: &Value, path: &str, errors: &mut Vec<FieldError
                 ));
             }
         }
+    }
+}
+
+/// An object whose field names are the user's.
+fn map(schema: &Value, fields: &Map<String, Value>, path: &str, errors: &mut Vec<FieldError>) {
+    if let Some(most) = schema["maxProperties"].as_u64()
+        && fields.len() as u64 > most
+    {
+        let has = fields.len();
+        errors.push(FieldError::new(
+            path,
+            None,
+            &format!("has {has} fields; at most {most} are allowed"),
+        ));
+    }
+    for (name, field) in fields {
+        check(
+            &schema["additionalProperties"],
+            field,
+            &format!("{path}[{name:?}]"),
+            errors,
+        );
     }
 }
 

@@ -110,6 +110,13 @@ pub enum Request {
         /// The operation that was made for it, or why none will be.
         answer: Result<String, String>,
     },
+    /// The guest's session was resumed after a reboot of the host: its real time stood still meanwhile. The
+    /// guest sets its clock and announces its addresses. Answered by [`Reply::Resumed`]; idempotent. From
+    /// [`crate::RESUMED_VERSION`] on.
+    Resumed {
+        /// The host's real time (`CLOCK_REALTIME`) when this was sent, in microseconds since 1970.
+        real_us: i64,
+    },
 }
 
 /// What the guest answers in a control session.
@@ -135,6 +142,8 @@ pub enum Reply {
     Remains(Remains),
     /// To [`Request::Activate`].
     Activated(Activated),
+    /// To [`Request::Resumed`].
+    Resumed(Resumed),
     /// Not carried out.
     Refused(Refusal),
     /// Unasked, between answers.
@@ -254,6 +263,15 @@ pub struct Activated {
     pub started: Vec<(String, u64)>,
     /// Units that did not start, with the reason.
     pub failed: Vec<(String, String)>,
+}
+
+/// Answer to [`Request::Resumed`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resumed {
+    /// By how much the guest's real time was stepped, in microseconds; 0 where it was right.
+    pub stepped_us: i64,
+    /// Addresses that were announced.
+    pub announced: u32,
 }
 
 /// Opens an export.

@@ -185,7 +185,22 @@ impl Validate for Request {
                     Err(reason) => text("answer", reason),
                 }
             }
+            Self::Resumed { real_us } => real_time(*real_us),
         }
+    }
+}
+
+/// A time that a host may have: from 2020 to 2200. Any other would set a guest's clock to nonsense.
+fn real_time(micros: i64) -> Result {
+    const FROM: i64 = 1_577_836_800_000_000;
+    const TO: i64 = 7_258_118_400_000_000;
+    if (FROM..TO).contains(&micros) {
+        Ok(())
+    } else {
+        invalid(
+            "real_us",
+            format!("is {micros}, not a time between 2020 and 2200"),
+        )
     }
 }
 
@@ -204,7 +219,7 @@ impl Validate for Reply {
     fn validate(&self) -> Result {
         match self {
             Self::Description(description) => description.validate(),
-            Self::Done | Self::Frozen { .. } | Self::Thawed { .. } => Ok(()),
+            Self::Done | Self::Frozen { .. } | Self::Thawed { .. } | Self::Resumed(_) => Ok(()),
             Self::Remains(remains) => list("unlinked_open", &remains.unlinked_open, |t| {
                 within("unlinked_open", t.len(), MAX_PATH + MAX_NAME)
             }),
@@ -432,6 +447,15 @@ mod tests {
         assert_eq!(request("5c0c4b17-e5ea-468a").validate(), Ok(()));
         for bad in ["", "a/b", "..", ".hidden", "a b", "x\0"] {
             assert!(request(bad).validate().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_clock_is_not_set_to_nonsense() {
+        let resumed = |real_us| Request::Resumed { real_us }.validate();
+        assert!(resumed(1_764_000_000_000_000).is_ok());
+        for nonsense in [0, -1, i64::MIN, i64::MAX, 1_764_000_000] {
+            assert!(resumed(nonsense).is_err(), "{nonsense}");
         }
     }
 }

@@ -92,6 +92,7 @@ fn request() -> impl Strategy<Value = Request> {
             id,
             answer: Err(reason)
         }),
+        (1_577_836_800_000_000i64..7_258_118_400_000_000).prop_map(|real_us| Request::Resumed { real_us }),
     ]
 }
 

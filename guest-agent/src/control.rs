@@ -8,7 +8,7 @@ use understudy_channel::{FrameError, Notice, Refusal, Reply, Request, read_messa
 use crate::freeze::{Filesystems, Thawed};
 use crate::service::{Agent, lock};
 use crate::sys::vsock::Stream;
-use crate::{info, remains, warning};
+use crate::{info, remains, resumed, warning};
 
 /// The control session that is open now, if any: a new one takes the place of an older one.
 #[derive(Debug, Default)]
@@ -125,6 +125,7 @@ fn answer(agent: &Arc<Agent>, request: Request) -> Reply {
             agent.reboots.answer(&id, answer);
             Ok(Reply::Done)
         }
+        Request::Resumed { real_us } => resumed::resumed(real_us).map(Reply::Resumed),
     };
     result.unwrap_or_else(|reason| Reply::Refused(Refusal { reason }))
 }

@@ -31,6 +31,7 @@ pub mod place;
 pub mod plan;
 pub mod read;
 pub mod remains;
+pub mod resumed;
 pub mod role;
 pub mod rules;
 pub mod service;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::net::UnixDatagram;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -15,10 +15,16 @@ use rustix::fs::{FlockOperation, flock};
 use crate::config::Config;
 use crate::durable::{self, DurableError};
 use crate::guests::worker;
+use crate::host::{self, HostIdentity};
+use crate::host_object;
+use crate::host_updates::HostUpdates;
 use crate::node::{Node, NodeError};
 use crate::operations;
+use crate::power::{Power, Shutdown, Systemctl};
 use crate::store::{Key, Object, Scanner, Store, StoreError};
 
+/// The agent's unit, as `install` names it.
+pub const UNIT: &str = "understudy-node.service";
 /// The longest pause between two passes.
 const TICK: Duration = Duration::from_secs(1);
 /// The shortest.
@@ -26,6 +32,8 @@ const REST: Duration = Duration::from_millis(100);
 /// How long the end of the agent waits for drivers to come to a point where they may stop. A guest that is
 /// held is taken through its cutover first.
 const GRACE: Duration = Duration::from_secs(90);
+/// Of the time that systemd gives the agent to stop, what is not spent on saving.
+const LAST_MOMENTS: Duration = Duration::from_secs(20);
 
 /// Why the agent ended.
 #[derive(Debug, thiserror::Error)]
@@ -52,8 +60,10 @@ pub enum AgentError {
     },
 }
 
-/// Runs the agent until SIGTERM or SIGINT. Guests run on afterwards.
+/// Runs the agent until SIGTERM or SIGINT. Guests run on afterwards; unless it is stopped because the host
+/// goes down: then their sessions are saved first.
 pub fn run(config: Config) -> Result<(), AgentError> {
+    let started = host::moment();
     for directory in [
         &config.state_dir,
         &config.run_dir,
@@ -72,7 +82,7 @@ pub fn run(config: Config) -> Result<(), AgentError> {
     }
     let store = Store::open(&config.state_dir)?;
     let mut scanner = Scanner::new(&config.manifests_dir, &config.state_dir);
-    let node = Node::open(config, Arc::new(store.clone()))?;
+    let node = Node::open(config, Arc::new(store.clone()), HostIdentity::read())?;
     tracing::info!(
         node = node.name,
         version = env!("CARGO_PKG_VERSION"),
@@ -81,7 +91,11 @@ pub fn run(config: Config) -> Result<(), AgentError> {
         "stand-alone"
     );
     // First of all: what was in flight decides who may touch its guest.
+    let mut updates = HostUpdates::load(&node, started);
     operations::recover(&node);
+    watch_power(&node);
+    updates.recover();
+    host_object::keep(&node)?;
     notify("READY=1");
 
     let mut guests: HashMap<Key, JoinHandle<()>> = HashMap::new();
@@ -91,23 +105,69 @@ pub fn run(config: Config) -> Result<(), AgentError> {
             tracing::error!(%error, "the problems of manifests could not be told");
         }
         keep_guests(&node, &mut guests);
+        updates.pass();
         operations::pass(&node);
         std::thread::sleep(REST);
         seen = store.wait(seen, TICK);
     }
     notify("STOPPING=1");
+    if let Some(how) = Systemctl::new(Path::new("systemctl")).shutdown() {
+        save_before_shutdown(&node, &mut updates, how);
+    }
     tracing::info!("stopping; guests run on");
     node.stop();
     let deadline = Instant::now() + GRACE;
-    while node.is_busy() && Instant::now() < deadline {
+    let is_busy = || node.is_busy() || node.work.is_busy();
+    while is_busy() && Instant::now() < deadline {
         std::thread::sleep(REST);
     }
     for (_, thread) in guests {
-        if thread.is_finished() || !node.is_busy() {
+        if thread.is_finished() || !is_busy() {
             let _ = thread.join();
         }
     }
     Ok(())
+}
+
+/// Hears of the host's shutdowns from now on, and holds them up.
+fn watch_power(node: &Arc<Node>) {
+    let me = Arc::downgrade(node);
+    let on_change = move || {
+        if let Some(node) = me.upgrade() {
+            node.work.wake();
+            node.objects.wake();
+        }
+    };
+    match Power::watch(None, on_change) {
+        Ok(power) => node.work.watch(power),
+        Err(error) => tracing::error!(%error, "a reboot that the host begins does not wait for sessions"),
+    }
+}
+
+/// The service is stopped because the host goes down, and nobody has saved the sessions yet, or not all of
+/// them: systemd waits for us now, as long as our unit says.
+fn save_before_shutdown(node: &Arc<Node>, updates: &mut HostUpdates, how: Shutdown) {
+    let systemctl = Systemctl::new(Path::new("systemctl"));
+    let limit = systemctl
+        .stop_timeout(UNIT)
+        .unwrap_or(Duration::from_secs(node.config.host.save_timeout_seconds));
+    // What is left is for our own end.
+    let limit = limit.saturating_sub(LAST_MOMENTS);
+    let micros = i64::try_from(limit.as_micros()).unwrap_or(i64::MAX);
+    node.work.stop_job(how, host::moment().plus(micros));
+    tracing::warn!(
+        how = how.as_str(),
+        limit_s = limit.as_secs(),
+        "the host goes down: sessions are saved before the agent ends"
+    );
+    let deadline = Instant::now() + limit;
+    loop {
+        updates.pass();
+        if !node.work.stop_job_waits() || Instant::now() >= deadline {
+            return;
+        }
+        std::thread::sleep(REST);
+    }
 }
 
 /// A thread for each guest; one that ended (its guest is gone, or it panicked) makes room for the next.

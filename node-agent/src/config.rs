@@ -32,6 +32,75 @@ pub struct Config {
     pub reserved_memory_mib: u64,
     /// What each namespace may use beyond files in its own directory. Default: nothing.
     pub namespaces: BTreeMap<String, NamespacePolicy>,
+    /// What wraps the keys of saved sessions.
+    pub credentials: Credentials,
+    /// Reboots of the host.
+    pub host: HostConfig,
+}
+
+/// What wraps the keys of saved sessions while the host reboots.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Credentials {
+    /// The provider where a HostUpdate names none, and for reboots that the host begins.
+    pub provider: ProviderName,
+    /// The program of the provider `systemd-creds`.
+    pub systemd_creds: PathBuf,
+    /// The file of the provider `key-file`: 32 bytes that only root can read, on a file system that
+    /// outlives a reboot.
+    pub key_file: Option<PathBuf>,
+}
+
+/// A credential provider that can be configured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ProviderName {
+    /// systemd-creds(1) with the host's key.
+    #[default]
+    SystemdCreds,
+    /// A file with a key.
+    KeyFile,
+}
+
+impl ProviderName {
+    /// Its name, as in HostUpdates.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            ProviderName::SystemdCreds => "systemd-creds",
+            ProviderName::KeyFile => "key-file",
+        }
+    }
+}
+
+/// How reboots of the host are made and waited for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct HostConfig {
+    /// The longest that a reboot which the host begins is held up to save sessions, in seconds, 5 to 1500
+    /// (systemd forces a reboot after 30 minutes). `install` writes it into logind's InhibitDelayMaxSec and
+    /// the service's TimeoutStopSec.
+    pub save_timeout_seconds: u64,
+    /// What a save is reckoned to write, in MiB a second, until one was measured.
+    pub assumed_save_mib_per_second: u64,
+}
+
+impl Default for Credentials {
+    fn default() -> Credentials {
+        Credentials {
+            provider: ProviderName::default(),
+            systemd_creds: "systemd-creds".into(),
+            key_file: None,
+        }
+    }
+}
+
+impl Default for HostConfig {
+    fn default() -> HostConfig {
+        HostConfig {
+            save_timeout_seconds: 600,
+            assumed_save_mib_per_second: 100,
+        }
+    }
 }
 
 /// What a namespace's guests may use of this node.
@@ -67,6 +136,8 @@ impl Default for Config {
             supervisor: Supervisor::Auto,
             reserved_memory_mib: 128,
             namespaces: BTreeMap::new(),
+            credentials: Credentials::default(),
+            host: HostConfig::default(),
         }
     }
 }
@@ -99,6 +170,19 @@ pub enum ConfigError {
         path: PathBuf,
         /// Its length.
         length: usize,
+    },
+    /// The default provider lacks its setting.
+    #[error("credentials.provider is key-file, and credentials.keyFile names no file")]
+    NoKeyFile,
+    /// A number is out of its range.
+    #[error("{field} must be {range}, not {value}")]
+    OutOfRange {
+        /// Name of the field.
+        field: &'static str,
+        /// What it may be.
+        range: &'static str,
+        /// Its value.
+        value: u64,
     },
     /// A directory is not absolute.
     #[error("{field} must be an absolute path, not {path}")]
@@ -152,6 +236,34 @@ impl Config {
                 });
             }
         }
+        if let Some(path) = self
+            .credentials
+            .key_file
+            .as_ref()
+            .filter(|path| !path.is_absolute())
+        {
+            return Err(ConfigError::NotAbsolute {
+                field: "credentials.keyFile",
+                path: path.clone(),
+            });
+        }
+        if self.credentials.provider == ProviderName::KeyFile && self.credentials.key_file.is_none() {
+            return Err(ConfigError::NoKeyFile);
+        }
+        if !(5..=1500).contains(&self.host.save_timeout_seconds) {
+            return Err(ConfigError::OutOfRange {
+                field: "host.saveTimeoutSeconds",
+                range: "5 to 1500",
+                value: self.host.save_timeout_seconds,
+            });
+        }
+        if self.host.assumed_save_mib_per_second == 0 {
+            return Err(ConfigError::OutOfRange {
+                field: "host.assumedSaveMibPerSecond",
+                range: "1 or more",
+                value: 0,
+            });
+        }
         let length = self.run_dir.as_os_str().len();
         if length > MAX_RUN_DIR {
             return Err(ConfigError::RunDirTooLong {
@@ -199,5 +311,17 @@ mod tests {
             Config::load(Some(&path)),
             Err(ConfigError::RunDirTooLong { .. })
         ));
+
+        fs::write(&path, "credentials: {provider: key-file}\n").unwrap();
+        assert!(matches!(Config::load(Some(&path)), Err(ConfigError::NoKeyFile)));
+        fs::write(
+            &path,
+            "credentials: {provider: key-file, keyFile: /etc/understudy/key}\n",
+        )
+        .unwrap();
+        Config::load(Some(&path)).unwrap();
+        fs::write(&path, "host: {saveTimeoutSeconds: 1}\n").unwrap();
+        let error = Config::load(Some(&path)).unwrap_err().to_string();
+        assert!(error.contains("host.saveTimeoutSeconds"), "{error}");
     }
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::handover::Moment;
+use crate::vmm::host_boot_id;
 
 /// CPUs that this process may use.
 pub fn cpus() -> usize {
@@ -33,6 +34,32 @@ fn meminfo(name: &str) -> u64 {
 pub fn free_bytes(path: &Path) -> std::io::Result<u64> {
     let stat = rustix::fs::statvfs(path)?;
     Ok(stat.f_bavail * stat.f_frsize)
+}
+
+/// Which host this is, and in which of its boots: what saved sessions are bound to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostIdentity {
+    /// machine-id(5); empty where it has none.
+    pub machine_id: String,
+    /// `/proc/sys/kernel/random/boot_id`.
+    pub boot_id: String,
+}
+
+impl HostIdentity {
+    /// This host, now.
+    pub fn read() -> HostIdentity {
+        HostIdentity {
+            machine_id: fs::read_to_string("/etc/machine-id")
+                .map(|id| id.trim().to_owned())
+                .unwrap_or_default(),
+            boot_id: host_boot_id(),
+        }
+    }
+}
+
+/// Kernel release (`uname -r`).
+pub fn kernel_release() -> String {
+    rustix::system::uname().release().to_string_lossy().into_owned()
 }
 
 /// The host's name.

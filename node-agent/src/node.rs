@@ -12,8 +12,12 @@ use crate::durable::{self, DurableError};
 use crate::guest_agent::Link;
 use crate::guests::Records;
 use crate::handover::journal::{Directory, JournalError};
-use crate::host;
+use crate::host::{self, HostIdentity};
+use crate::host_effects::Commands;
+use crate::host_update;
+use crate::host_work::HostWork;
 use crate::isolation::Responder;
+use crate::sessions::Sessions;
 use crate::store::{Key, Objects};
 use crate::vmm::{Instances, Launcher};
 
@@ -33,6 +37,14 @@ pub struct Node {
     pub launcher: Launcher,
     /// Records of operations.
     pub journal: Directory,
+    /// Records of host updates.
+    pub updates: host_update::journal::Directory,
+    /// Saved sessions.
+    pub sessions: Sessions,
+    /// What reboots of the host ask of everything else.
+    pub work: HostWork,
+    /// Commands of updates.
+    pub commands: Commands,
     me: Weak<Node>,
     links: Mutex<HashMap<PathBuf, Arc<Link>>>,
     responders: Mutex<HashMap<(String, u64), Vec<Responder>>>,
@@ -64,18 +76,28 @@ pub enum NodeError {
 }
 
 impl Node {
-    /// Opens the node's state.
-    pub fn open(config: Config, objects: Arc<dyn Objects>) -> Result<Arc<Node>, NodeError> {
+    /// Opens the node's state, on a host in a boot.
+    pub fn open(
+        config: Config,
+        objects: Arc<dyn Objects>,
+        identity: HostIdentity,
+    ) -> Result<Arc<Node>, NodeError> {
         for directory in [&config.state_dir, &config.run_dir] {
             durable::make_dir(directory)?;
         }
         let journal = Directory::open(config.state_dir.join("operations"))?;
+        let updates = host_update::journal::Directory::open(config.state_dir.join("updates"))?;
+        let sessions = Sessions::open(&config, identity);
         Ok(Arc::new_cyclic(|me| Node {
             name: host::name(),
             instances: Instances::open(&config.state_dir),
             records: Records::open(&config.state_dir),
             launcher: Launcher::new(&config.vmm, config.supervisor),
             journal,
+            updates,
+            sessions,
+            work: HostWork::default(),
+            commands: Commands::default(),
             objects,
             me: me.clone(),
             links: Mutex::default(),
@@ -150,6 +172,14 @@ impl Node {
         None
     }
 
+    /// The operations that drivers run, with their guests.
+    pub fn all_in_flight(&self) -> Vec<(Key, InFlight)> {
+        lock(&self.operations)
+            .iter()
+            .map(|(guest, operation)| (guest.clone(), operation.clone()))
+            .collect()
+    }
+
     /// Notes how far the operation on a guest is.
     pub fn note_phase(&self, guest: &Key, phase: Phase) {
         if let Some(there) = lock(&self.operations).get_mut(guest) {
@@ -171,6 +201,7 @@ impl Node {
     /// Asks all threads to end.
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Relaxed);
+        self.work.wake();
         self.objects.wake();
     }
 
@@ -180,6 +211,6 @@ impl Node {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

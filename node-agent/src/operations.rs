@@ -1,9 +1,7 @@
 //! Operations: a driver thread for each SeamlessReboot, one per guest at a time, and their recovery when the
 //! agent starts.
 
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use jiff::Timestamp;
 use understudy_api::conditions::{self, reasons};
@@ -11,17 +9,25 @@ use understudy_api::{Phase, SeamlessReboot};
 use uuid::Uuid;
 
 use crate::effects::World;
+use crate::halt::HaltAt;
 use crate::handover::journal::{Directory, Journal, JournalError};
 use crate::handover::{Moment, Operation, Plan, Report, Run, Step, run, status};
 use crate::host;
 use crate::node::{InFlight, Node};
+use crate::reporter::Reporter;
 use crate::store::{Key, Object};
 
-/// Progress is written at most this often; a phase at once.
-const PROGRESS: Duration = Duration::from_millis(500);
-
-/// Takes up the operations that a former agent left, before anything else is done with their guests.
+/// Takes up the operations that a former agent left, before anything else is done with their guests; unless
+/// a reboot of the host holds them back, which then does so itself.
 pub fn recover(node: &Arc<Node>) {
+    if !node.work.holds_operations() {
+        take_up(node);
+    }
+}
+
+/// Takes up all operations in the journal that no driver runs: those of a former agent, and those that were
+/// suspended for a reboot of the host.
+pub fn take_up(node: &Arc<Node>) {
     let records = match node.journal.load() {
         Ok(records) => records,
         Err(error) => {
@@ -92,6 +98,11 @@ fn begin(node: &Arc<Node>, reboot: &SeamlessReboot) {
             reasons::ABORTED,
             "deleted before it began",
         );
+        return;
+    }
+    if node.work.holds_operations() {
+        let message = "waits until the host, which is about to reboot, has done so";
+        tell(node, reboot, Phase::Pending, reasons::HOST_UPDATING, message);
         return;
     }
     let plan = match Plan::from_spec(&reboot.spec) {
@@ -191,9 +202,19 @@ struct Driver {
 
 impl Driver {
     fn run(self, operation: Operation, recovered: bool) {
-        let reporter = Reporter::start(&self.node, &self.guest, &self.reboot);
+        let reporter = Reporter::start(&self.reboot.to_string(), Operation::phase, {
+            let (node, reboot) = (self.node.clone(), self.reboot.clone());
+            move |operation, is_new_phase| {
+                // Nothing is waited for while the guest is held.
+                let durable = is_new_phase && !operation.step.is_held();
+                if let Err(error) = write_status(&node, &reboot, operation, durable) {
+                    tracing::error!(reboot = %reboot, error, "the status could not be written");
+                }
+            }
+        });
         let halt = Arc::new(Mutex::new(HaltAt::new(
             &self.node.config.state_dir,
+            "",
             operation.step,
         )));
         let mut journal = HaltingJournal {
@@ -202,6 +223,8 @@ impl Driver {
         };
         let mut report = Reporting {
             reporter: reporter.clone(),
+            node: self.node.clone(),
+            guest: self.guest.clone(),
             halt,
             step: None,
             troubles: 0,
@@ -255,99 +278,12 @@ fn write_status(node: &Node, reboot: &Key, operation: &Operation, durable: bool)
         .map_err(|error| error.to_string())
 }
 
-/// Writes status on a thread of its own, so that no write is on the path of a cutover: the newest state
-/// counts, phases at once and durably, progress now and then.
-#[derive(Clone)]
-struct Reporter {
-    shared: Arc<Latest>,
-    thread: Arc<Mutex<Option<std::thread::JoinHandle<()>>>>,
+struct Reporting {
+    /// So that no write is on the path of a cutover.
+    reporter: Reporter<Operation>,
     node: Arc<Node>,
     guest: Key,
-}
-
-#[derive(Default)]
-struct Latest {
-    state: Mutex<(Option<Operation>, bool)>,
-    changed: Condvar,
-}
-
-impl Reporter {
-    fn start(node: &Arc<Node>, guest: &Key, reboot: &Key) -> Reporter {
-        let shared = Arc::new(Latest::default());
-        let thread = std::thread::Builder::new()
-            .name(format!("report {reboot}"))
-            .spawn({
-                let (shared, node, reboot) = (shared.clone(), node.clone(), reboot.clone());
-                move || Reporter::write(&shared, &node, &reboot)
-            });
-        if let Err(error) = &thread {
-            tracing::error!(reboot = %reboot, %error, "no thread for the status; only the end is told");
-        }
-        Reporter {
-            shared,
-            thread: Arc::new(Mutex::new(thread.ok())),
-            node: node.clone(),
-            guest: guest.clone(),
-        }
-    }
-
-    fn put(&self, operation: &Operation) {
-        self.node.note_phase(&self.guest, operation.phase());
-        let mut state = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.0 = Some(operation.clone());
-        self.shared.changed.notify_one();
-    }
-
-    fn finish(&self) {
-        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner).1 = true;
-        self.shared.changed.notify_one();
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(thread) = thread {
-            let _ = thread.join();
-        }
-    }
-
-    fn write(shared: &Latest, node: &Node, reboot: &Key) {
-        let mut written: Option<(Phase, Instant)> = None;
-        loop {
-            let (operation, finished) = {
-                let state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
-                let mut state = shared
-                    .changed
-                    .wait_while(state, |(operation, finished)| operation.is_none() && !*finished)
-                    .unwrap_or_else(PoisonError::into_inner);
-                // What changed within a phase may wait for more of it.
-                let same_phase = |operation: &Option<Operation>| {
-                    operation.as_ref().map(Operation::phase) == written.map(|(phase, _)| phase)
-                };
-                if let Some((_, when)) = written.filter(|_| same_phase(&state.0)) {
-                    let left = PROGRESS.saturating_sub(when.elapsed());
-                    (state, _) = shared
-                        .changed
-                        .wait_timeout_while(state, left, |(operation, finished)| {
-                            same_phase(operation) && !*finished
-                        })
-                        .unwrap_or_else(PoisonError::into_inner);
-                }
-                (state.0.take(), state.1)
-            };
-            if let Some(operation) = operation {
-                let phase = operation.phase();
-                let durable = written.is_none_or(|(before, _)| before != phase) && !operation.step.is_held();
-                if let Err(error) = write_status(node, reboot, &operation, durable) {
-                    tracing::error!(reboot = %reboot, error, "the status could not be written");
-                }
-                written = Some((phase, Instant::now()));
-            } else if finished {
-                return;
-            }
-        }
-    }
-}
-
-struct Reporting {
-    reporter: Reporter,
-    halt: Arc<Mutex<HaltAt>>,
+    halt: Arc<Mutex<HaltAt<Step>>>,
     step: Option<Step>,
     /// How often the step had failed when that was told last.
     troubles: u32,
@@ -372,6 +308,7 @@ impl Report for Reporting {
         if let Some(trouble) = operation.trouble.as_ref().filter(|_| told != count) {
             tracing::warn!(guest = operation.guest, reboot = operation.name, step = ?operation.step, count = trouble.count, "{}", trouble.message);
         }
+        self.node.note_phase(&self.guest, operation.phase());
         self.reporter.put(operation);
         let mut halt = self.halt.lock().unwrap_or_else(PoisonError::into_inner);
         halt.left(operation.step);
@@ -390,7 +327,7 @@ impl Report for Reporting {
 
 struct HaltingJournal {
     journal: Directory,
-    halt: Arc<Mutex<HaltAt>>,
+    halt: Arc<Mutex<HaltAt<Step>>>,
 }
 
 impl Journal for HaltingJournal {
@@ -400,54 +337,6 @@ impl Journal for HaltingJournal {
             .unwrap_or_else(PoisonError::into_inner)
             .left(operation.step);
         self.journal.write(operation)
-    }
-}
-
-/// Fault injection for tests: the file `<stateDir>/halt-at` holds lines `STEP:before` or `STEP:after`. Where
-/// one names the step at hand, the agent takes that line out and kills itself (SIGKILL): before the step's
-/// effect, or after it and before anything is recorded of it.
-struct HaltAt {
-    file: PathBuf,
-    current: Step,
-}
-
-impl HaltAt {
-    fn new(state_dir: &Path, current: Step) -> HaltAt {
-        HaltAt {
-            file: state_dir.join("halt-at"),
-            current,
-        }
-    }
-
-    fn entered(&mut self, step: Step) {
-        self.current = step;
-        self.check(step, "before");
-    }
-
-    fn left(&mut self, next: Step) {
-        if next != self.current {
-            self.check(self.current, "after");
-        }
-    }
-
-    fn check(&self, step: Step, when: &str) {
-        let Ok(text) = std::fs::read_to_string(&self.file) else {
-            return;
-        };
-        let point = format!("{step:?}:{when}");
-        let (here, others): (Vec<&str>, Vec<&str>) = text.lines().partition(|line| line.trim() == point);
-        if here.is_empty() {
-            return;
-        }
-        let rest: String = others.iter().map(|line| format!("{line}\n")).collect();
-        if let Err(error) = crate::durable::replace(&self.file, rest.as_bytes()) {
-            // Not to be killed again and again by the same line.
-            tracing::error!(%error, "not halting");
-            return;
-        }
-        tracing::error!(?step, when, file = %self.file.display(), "halting, as the file asks");
-        let me = rustix::process::getpid();
-        let _ = rustix::process::kill_process(me, rustix::process::Signal::KILL);
     }
 }
 

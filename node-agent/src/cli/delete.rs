@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use understudy_api::duration;
-use understudy_api::{Guest, SeamlessReboot};
+use understudy_api::{Guest, HostUpdate, NodeUpdate, SeamlessReboot};
 
 use super::{Kind, kind};
 use crate::config::Config;
@@ -15,7 +15,7 @@ const LOOK: Duration = Duration::from_millis(200);
 
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
-    /// guest or seamlessreboot
+    /// guest, seamlessreboot, hostupdate or nodeupdate
     #[arg(value_parser = kind)]
     kind: Kind,
     /// Its name
@@ -30,6 +30,11 @@ pub(super) struct Arguments {
     #[arg(long, default_value = "5m", value_parser = limit)]
     timeout: Duration,
 }
+
+/// The Host would be there again in a moment.
+#[derive(Debug, thiserror::Error)]
+#[error("the Host is what the agent tells of this node: it cannot be deleted")]
+struct OwnHost;
 
 /// It is still there.
 #[derive(Debug, thiserror::Error)]
@@ -50,9 +55,13 @@ fn limit(text: &str) -> Result<Duration, String> {
 pub(super) fn run(config: &Config, arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let store = Store::open(&config.state_dir)?;
     let key = Key::new(arguments.namespace.clone(), arguments.name.clone());
+    let of_cluster = Key::new("", arguments.name.clone());
     match arguments.kind {
         Kind::Guest => delete::<Guest>(&store, &key, arguments)?,
         Kind::Reboot => delete::<SeamlessReboot>(&store, &key, arguments)?,
+        Kind::HostUpdate => delete::<HostUpdate>(&store, &of_cluster, arguments)?,
+        Kind::NodeUpdate => delete::<NodeUpdate>(&store, &of_cluster, arguments)?,
+        Kind::Host => return Err(Box::new(OwnHost)),
     }
     let kind = arguments.kind.singular();
     println!("{kind}.understudy.dev \"{}\" deleted", arguments.name);

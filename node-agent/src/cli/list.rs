@@ -1,7 +1,7 @@
 //! What the state directory holds, read without the agent.
 
 use serde_json::{Value, json};
-use understudy_api::{Guest, SeamlessReboot};
+use understudy_api::{Guest, Host, HostUpdate, NodeUpdate, SeamlessReboot};
 
 use super::Kind;
 use crate::config::Config;
@@ -10,10 +10,13 @@ use crate::store::manifests::problems_file;
 use crate::store::{Object, Problem, Store, StoreError};
 
 /// Objects and problems at one moment.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct List {
+    pub(super) hosts: Vec<Host>,
     pub(super) guests: Vec<Guest>,
     pub(super) reboots: Vec<SeamlessReboot>,
+    pub(super) host_updates: Vec<HostUpdate>,
+    pub(super) node_updates: Vec<NodeUpdate>,
     pub(super) problems: Vec<Problem>,
 }
 
@@ -27,24 +30,17 @@ pub(super) struct Selection {
 
 impl List {
     pub(super) fn read(config: &Config, selection: &Selection) -> Result<List, StoreError> {
-        let mut list = List {
-            guests: Vec::new(),
-            reboots: Vec::new(),
-            problems: Vec::new(),
-        };
+        let mut list = List::default();
         // Nothing is made by looking: without state there is nothing to show.
         if !config.state_dir.join("objects").is_dir() {
             return Ok(list);
         }
         let store = Store::open(&config.state_dir)?;
-        if selection.kind != Some(Kind::Reboot) {
-            list.guests = store.list();
-            list.guests.retain(|object| selection.takes(object));
-        }
-        if selection.kind != Some(Kind::Guest) {
-            list.reboots = store.list();
-            list.reboots.retain(|object| selection.takes(object));
-        }
+        list.hosts = selection.of(&store, Kind::Host);
+        list.guests = selection.of(&store, Kind::Guest);
+        list.reboots = selection.of(&store, Kind::Reboot);
+        list.host_updates = selection.of(&store, Kind::HostUpdate);
+        list.node_updates = selection.of(&store, Kind::NodeUpdate);
         if selection.kind.is_none() {
             list.problems = durable::read_json(&problems_file(&config.state_dir))?.unwrap_or_default();
         }
@@ -53,31 +49,49 @@ impl List {
 
     /// As `kubectl get -o json` prints a list, and our problems beside.
     pub(super) fn to_json(&self) -> Value {
-        let guests = self.guests.iter().map(|object| json!(object));
-        let reboots = self.reboots.iter().map(|object| json!(object));
         json!({
             "apiVersion": "v1",
             "kind": "List",
-            "items": guests.chain(reboots).collect::<Vec<_>>(),
+            "items": self.items().collect::<Vec<_>>(),
             "problems": self.problems,
         })
     }
 
+    fn items(&self) -> impl Iterator<Item = Value> {
+        let hosts = self.hosts.iter().map(|object| json!(object));
+        let guests = self.guests.iter().map(|object| json!(object));
+        let reboots = self.reboots.iter().map(|object| json!(object));
+        let host_updates = self.host_updates.iter().map(|object| json!(object));
+        let node_updates = self.node_updates.iter().map(|object| json!(object));
+        hosts
+            .chain(guests)
+            .chain(reboots)
+            .chain(host_updates)
+            .chain(node_updates)
+    }
+
     /// The one object that was asked for by name.
     pub(super) fn only(&self) -> Option<Value> {
-        self.guests
-            .first()
-            .map(|object| json!(object))
-            .or_else(|| self.reboots.first().map(|object| json!(object)))
+        self.items().next()
     }
 }
 
 impl Selection {
+    /// The objects of a kind that are asked for.
+    fn of<O: Object>(&self, store: &Store, kind: Kind) -> Vec<O> {
+        if self.kind.is_some_and(|wanted| wanted != kind) {
+            return Vec::new();
+        }
+        let mut objects = store.list::<O>();
+        objects.retain(|object| self.takes(object));
+        objects
+    }
+
     fn takes<O: Object>(&self, object: &O) -> bool {
         let key = object.key();
         self.namespace
             .as_ref()
-            .is_none_or(|there| *there == key.namespace)
+            .is_none_or(|there| *there == key.namespace || !O::KIND.is_namespaced())
             && self.name.as_ref().is_none_or(|there| *there == key.name)
     }
 }

@@ -1,6 +1,8 @@
 //! The command line: names, output and flags that a kubectl user guesses right.
 
 mod delete;
+mod discard;
+mod hosts;
 mod install;
 mod list;
 mod render;
@@ -55,13 +57,19 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         vmm: Option<PathBuf>,
     },
-    /// Show guests, reboots and malformed manifests
+    /// Show this host, guests, reboots, host updates and malformed manifests
     Status(status::Arguments),
-    /// Delete a guest or a seamless reboot
+    /// Delete a guest, a seamless reboot or a host update
     ///
     /// A deleted guest is powered off; its disks are kept unless its deletionPolicy is Delete. A reboot that
-    /// is deleted before its clone has taken over is aborted.
+    /// is deleted before its clone has taken over is aborted; so is a host update whose host is not rebooting
+    /// yet.
     Delete(delete::Arguments),
+    /// Give up the saved session of a guest, so that it boots anew
+    ///
+    /// For a session that cannot be resumed, as `status` tells. What was in the guest's memory is lost; its
+    /// disks are as they were when it was saved, as after a power cut.
+    DiscardSession(discard::Arguments),
     /// Install the systemd unit of this agent, and enable it
     Install(install::Arguments),
 }
@@ -104,6 +112,10 @@ fn execute(cli: Cli) -> Result<(), Box<dyn Error>> {
             config.check()?;
             delete::run(&config, &arguments)?;
         }
+        Command::DiscardSession(arguments) => {
+            config.check()?;
+            discard::run(&config, &arguments)?;
+        }
         Command::Install(arguments) => {
             config.check()?;
             let file = cli.global.config.unwrap_or_else(|| PathBuf::from(DEFAULT_PATH));
@@ -119,8 +131,11 @@ fn kind(name: &str) -> Result<Kind, String> {
     match name.split('.').next().unwrap_or_default() {
         "guest" | "guests" | "gst" => Ok(Kind::Guest),
         "reboot" | "reboots" | "seamlessreboot" | "seamlessreboots" | "sr" => Ok(Kind::Reboot),
+        "hostupdate" | "hostupdates" | "hu" => Ok(Kind::HostUpdate),
+        "nodeupdate" | "nodeupdates" | "nu" => Ok(Kind::NodeUpdate),
+        "host" | "hosts" => Ok(Kind::Host),
         _ => Err(format!(
-            "no kind {name:?} here; known: guest (gst), seamlessreboot (sr, reboot)"
+            "no kind {name:?} here; known: guest (gst), seamlessreboot (sr, reboot), hostupdate (hu), nodeupdate (nu), host"
         )),
     }
 }
@@ -129,6 +144,9 @@ fn kind(name: &str) -> Result<Kind, String> {
 enum Kind {
     Guest,
     Reboot,
+    HostUpdate,
+    NodeUpdate,
+    Host,
 }
 
 impl Kind {
@@ -136,6 +154,9 @@ impl Kind {
         match self {
             Kind::Guest => "guest",
             Kind::Reboot => "seamlessreboot",
+            Kind::HostUpdate => "hostupdate",
+            Kind::NodeUpdate => "nodeupdate",
+            Kind::Host => "host",
         }
     }
 }
@@ -157,6 +178,11 @@ mod tests {
             "delete sr kernel -n default --wait=false",
             "run --config /x --manifests /y",
             "install",
+            "status nodeupdate",
+            "status hu kernel -o yaml",
+            "status host",
+            "delete hostupdate kernel",
+            "discard-session default/web --yes",
         ] {
             let words = ["understudy-node"].into_iter().chain(line.split(' '));
             assert!(Cli::try_parse_from(words).is_ok(), "{line}");

@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use understudy_api::conditions::types;
 use understudy_api::{Condition, Guest, Phase, SeamlessReboot};
 
+use super::hosts;
 use super::list::List;
 use crate::store::Object;
 
@@ -12,8 +13,11 @@ const BAR: usize = 20;
 
 /// All tables of a list.
 pub(super) fn tables(list: &List, wide: bool, now: Timestamp) -> String {
-    let mut text = String::new();
+    let mut text = hosts::host_table(&list.hosts, wide, now);
     if !list.guests.is_empty() {
+        if !text.is_empty() {
+            text.push('\n');
+        }
         let rows = list.guests.iter().map(|guest| guest_row(guest, wide, now));
         text.push_str(&table(guest_header(wide), rows.collect()));
     }
@@ -24,6 +28,17 @@ pub(super) fn tables(list: &List, wide: bool, now: Timestamp) -> String {
         let rows = list.reboots.iter().map(|reboot| reboot_row(reboot, wide, now));
         text.push_str(&table(reboot_header(wide), rows.collect()));
     }
+    for part in [
+        hosts::host_update_table(&list.host_updates, now),
+        hosts::node_update_table(&list.node_updates, wide, now),
+        hosts::session_table(&list.node_updates, wide),
+    ] {
+        if !part.is_empty() && !text.is_empty() {
+            text.push('\n');
+        }
+        text.push_str(&part);
+    }
+    text.push_str(&hosts::notes(list));
     for guest in &list.guests {
         let ready = condition(
             guest.status.as_ref().map(|status| &status.conditions),
@@ -190,20 +205,30 @@ fn bar(percent: Option<i32>, phase: Phase) -> String {
     };
     let share = percent.unwrap_or(0).clamp(0, 100);
     let whole = (from + (to - from) * share / 100).clamp(0, 100);
-    let filled = usize::try_from(whole).unwrap_or(0) * BAR / 100;
-    format!("[{}{}] {whole:>3}%", "#".repeat(filled), "-".repeat(BAR - filled))
+    draw(whole)
 }
 
-fn condition<'a>(conditions: Option<&'a Vec<Condition>>, kind: &str) -> Option<&'a Condition> {
+/// A bar that is `percent` full.
+pub(super) fn draw(percent: i32) -> String {
+    let percent = percent.clamp(0, 100);
+    let filled = usize::try_from(percent).unwrap_or(0) * BAR / 100;
+    format!(
+        "[{}{}] {percent:>3}%",
+        "#".repeat(filled),
+        "-".repeat(BAR - filled)
+    )
+}
+
+pub(super) fn condition<'a>(conditions: Option<&'a Vec<Condition>>, kind: &str) -> Option<&'a Condition> {
     conditions?.iter().find(|condition| condition.type_ == kind)
 }
 
-fn dash(text: Option<String>) -> String {
+pub(super) fn dash(text: Option<String>) -> String {
     text.filter(|text| !text.is_empty())
         .unwrap_or_else(|| "-".to_owned())
 }
 
-fn age(created: Option<Timestamp>, now: Timestamp) -> String {
+pub(super) fn age(created: Option<Timestamp>, now: Timestamp) -> String {
     match created {
         Some(created) => human((now.as_second() - created.as_second()).max(0)),
         None => "-".to_owned(),
@@ -211,7 +236,7 @@ fn age(created: Option<Timestamp>, now: Timestamp) -> String {
 }
 
 /// Seconds as kubectl writes ages.
-fn human(seconds: i64) -> String {
+pub(super) fn human(seconds: i64) -> String {
     match seconds {
         ..120 => format!("{seconds}s"),
         120..600 if seconds % 60 != 0 => format!("{}m{}s", seconds / 60, seconds % 60),
@@ -221,7 +246,7 @@ fn human(seconds: i64) -> String {
     }
 }
 
-fn table(header: Vec<&str>, rows: Vec<Vec<String>>) -> String {
+pub(super) fn table(header: Vec<&str>, rows: Vec<Vec<String>>) -> String {
     let mut widths: Vec<usize> = header.iter().map(|cell| cell.len()).collect();
     for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
@@ -251,15 +276,12 @@ mod tests {
 
     fn list() -> List {
         let text = "apiVersion: understudy.dev/v1alpha1\nkind: Guest\nmetadata: {name: web}\nspec:\n  memory: 512Mi\n  disks: [{name: root, role: Root, source: web.img}]\n---\napiVersion: understudy.dev/v1alpha1\nkind: SeamlessReboot\nmetadata: {name: kernel}\nspec: {guestName: web}\n";
-        let mut list = List {
-            guests: Vec::new(),
-            reboots: Vec::new(),
-            problems: Vec::new(),
-        };
+        let mut list = List::default();
         for manifest in parse(text).unwrap() {
             match manifest.unwrap() {
                 Manifest::Guest(guest) => list.guests.push(*guest),
                 Manifest::SeamlessReboot(reboot) => list.reboots.push(*reboot),
+                Manifest::HostUpdate(_) => unreachable!(),
             }
         }
         list

@@ -16,7 +16,7 @@ const LOOK: Duration = Duration::from_millis(250);
 
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
-    /// guest or reboot; both where absent
+    /// guest, reboot, hostupdate, nodeupdate or host; all where absent
     #[arg(value_parser = kind)]
     kind: Option<Kind>,
     /// Name of one object

@@ -45,7 +45,7 @@ impl Side {
         let message = format!("{}: {error}", self.name());
         match error {
             LinkError::NotConnected(_) | LinkError::Broken(_) => EffectError::new(ErrorKind::Retry, message),
-            LinkError::Refused(_) | LinkError::Protocol(_) => {
+            LinkError::Refused(_) | LinkError::Protocol(_) | LinkError::TooOld(_) => {
                 EffectError::new(ErrorKind::Refused, message).because(reasons::GUEST_REFUSED)
             }
         }

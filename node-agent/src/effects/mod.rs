@@ -160,7 +160,7 @@ impl Effects for World {
         let micros = until.boot_us - host::moment().boot_us;
         let Ok(micros) = u64::try_from(micros) else { return };
         let deadline = Instant::now() + Duration::from_micros(micros);
-        while !self.node.is_stopping() {
+        while !self.must_stop() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() || self.is_abort_asked().is_some() {
                 return;
@@ -174,7 +174,7 @@ impl Effects for World {
     }
 
     fn must_stop(&mut self) -> bool {
-        self.node.is_stopping()
+        self.node.is_stopping() || self.node.work.is_suspended(&self.guest)
     }
 
     fn preflight(&mut self, operation: &Operation) -> Effected<Preflight> {
@@ -295,6 +295,9 @@ impl Effects for World {
 
 impl World {
     fn is_abort_asked(&self) -> Option<String> {
+        if self.node.work.is_aborted(&self.guest) {
+            return Some("the host is about to reboot".to_owned());
+        }
         if let Ok(Some(reboot)) = self.node.objects.reboot(&self.reboot)
             && reboot.is_deleting()
         {

@@ -8,7 +8,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use understudy_channel::{Description, Notice, Purpose, Reply, Request, read_frame, write_frame};
+use understudy_channel::{
+    Description, Notice, Purpose, RESUMED_VERSION, Reply, Request, Resumed, read_frame, write_frame,
+};
 
 use super::session::{SessionError, connect};
 
@@ -33,6 +35,9 @@ pub enum LinkError {
     /// The guest agent refused.
     #[error("the guest agent refused: {0}")]
     Refused(String),
+    /// It speaks a version of the protocol that does not know the request.
+    #[error("the guest agent speaks version {0} of the protocol, which does not know this request")]
+    TooOld(u32),
     /// The answer belongs to another question.
     #[error("the guest agent broke the protocol: it answered {0} with something else")]
     Protocol(&'static str),
@@ -43,6 +48,8 @@ pub enum LinkError {
 pub struct Heard {
     /// Whether a control session is open.
     pub connected: bool,
+    /// Version of the protocol of the session, the last one where none is open.
+    pub version: u32,
     /// Why not, in the words of the last attempt.
     pub problem: String,
     /// The last description, of this session or one before.
@@ -204,6 +211,19 @@ impl Link {
         }
     }
 
+    /// Tells that the session was resumed, and the time: the host's, when it is sent.
+    pub fn resumed(&self, limit: Duration) -> Result<Resumed, LinkError> {
+        let version = self.heard().version;
+        if version < RESUMED_VERSION {
+            return Err(LinkError::TooOld(version));
+        }
+        let real_us = crate::host::moment().unix_us;
+        match self.ask(&Request::Resumed { real_us }, limit)? {
+            Reply::Resumed(resumed) => Ok(resumed),
+            _ => Err(LinkError::Protocol("Resumed")),
+        }
+    }
+
     /// Asks for something whose answer is [`Reply::Done`].
     pub fn done(&self, request: &Request, limit: Duration) -> Result<(), LinkError> {
         match self.ask(request, limit)? {
@@ -236,6 +256,7 @@ fn keep(shared: &Shared) {
         }
         match connect(&shared.socket, Purpose::Control, CONNECT) {
             Ok(session) => {
+                shared.state().heard.version = session.version;
                 let problem = match listen(shared, session.stream) {
                     Ok(()) => "the guest agent closed the session".to_owned(),
                     Err(error) => error.to_string(),
@@ -359,6 +380,7 @@ fn name_of(request: &Request) -> &'static str {
         Request::Remains => "Remains",
         Request::Activate { .. } => "Activate",
         Request::RebootAnswer { .. } => "RebootAnswer",
+        Request::Resumed { .. } => "Resumed",
     }
 }
 

@@ -1,8 +1,10 @@
 //! The status of a Guest, from what was seen.
 
+use std::borrow::Cow;
+
 use jiff::Timestamp;
-use understudy_api::conditions::{self, Wanted, types};
-use understudy_api::guest::{Dormant as DormantStatus, GuestAgent, GuestPhase};
+use understudy_api::conditions::{self, Wanted, reasons as api_reasons, types};
+use understudy_api::guest::{Dormant as DormantStatus, GuestAgent, GuestPhase, SavedSession};
 use understudy_api::{GuestStatus, Time};
 use understudy_channel::Description;
 
@@ -56,7 +58,7 @@ pub struct Seen {
     /// Phase.
     pub phase: GuestPhase,
     /// Reason of Ready.
-    pub reason: &'static str,
+    pub reason: Cow<'static, str>,
     /// Message of Ready.
     pub message: String,
     /// Incarnation that owns the guest.
@@ -65,18 +67,21 @@ pub struct Seen {
     pub heard: Heard,
     /// The incarnation before.
     pub dormant: Option<Dormant>,
+    /// Its saved session.
+    pub session: Option<SavedSession>,
 }
 
 impl Seen {
     /// A guest of which nothing runs.
-    pub fn down(phase: GuestPhase, reason: &'static str, message: impl Into<String>) -> Seen {
+    pub fn down(phase: GuestPhase, reason: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Seen {
         Seen {
             phase,
-            reason,
+            reason: reason.into(),
             message: message.into(),
             incarnation: None,
             heard: Heard::default(),
             dormant: None,
+            session: None,
         }
     }
 }
@@ -94,6 +99,7 @@ pub fn update(status: &mut GuestStatus, seen: &Seen, node: &str, generation: i64
         incarnation: i64::try_from(dormant.incarnation).unwrap_or(i64::MAX),
         deadline: Time(dormant.deadline),
     });
+    status.session = seen.session.clone();
     let description = seen.heard.description.as_ref();
     match description {
         Some(description) => describe(status, description),
@@ -102,8 +108,12 @@ pub fn update(status: &mut GuestStatus, seen: &Seen, node: &str, generation: i64
             status.addresses.clear();
         }
     }
-    let ready = seen.phase == GuestPhase::Running && seen.reason == reasons::RUNNING;
-    let stalled = seen.phase == GuestPhase::Failed;
+    let running = [GuestPhase::Running, GuestPhase::Saving].contains(&seen.phase);
+    let ready = running && seen.reason != reasons::VMM_SILENT;
+    // A session that was refused waits for the user.
+    let refused = seen.phase == GuestPhase::Saved
+        && ![api_reasons::SESSION_SAVED, api_reasons::HOST_UPDATING].contains(&&*seen.reason);
+    let stalled = seen.phase == GuestPhase::Failed || refused;
     let halted = seen.phase == GuestPhase::Halted;
     let agent = match (seen.heard.connected, description) {
         (true, Some(description)) => (true, reasons::CONNECTED, format!("version {}", description.agent)),
@@ -126,14 +136,14 @@ pub fn update(status: &mut GuestStatus, seen: &Seen, node: &str, generation: i64
         generation,
         now,
         &[
-            wanted(types::READY, Some(ready || halted), seen.reason, message),
+            wanted(types::READY, Some(ready || halted), &seen.reason, message),
             wanted(
                 types::RECONCILING,
                 Some(!ready && !halted && !stalled),
-                seen.reason,
+                &seen.reason,
                 message,
             ),
-            wanted(types::STALLED, Some(stalled), seen.reason, message),
+            wanted(types::STALLED, Some(stalled), &seen.reason, message),
             wanted(types::AGENT_CONNECTED, Some(agent.0), agent.1, &agent.2),
             wanted(types::REBOOT_REQUIRED, reboot.0, reboot.1, &reboot.2),
         ],
@@ -222,6 +232,18 @@ mod tests {
         assert_eq!(condition(&status, "RebootRequired").status, "True");
         assert_eq!(status.incarnation, Some(3));
         assert_eq!(status.observed_generation, 2);
+    }
+
+    #[test]
+    fn a_saved_session_is_waited_for_and_a_refused_one_is_the_users_business() {
+        for (reason, stalled) in [("SessionSaved", "False"), ("CheckpointDamaged", "True")] {
+            let seen = Seen::down(GuestPhase::Saved, reason, "…");
+            let mut status = GuestStatus::default();
+            update(&mut status, &seen, "node", 1, Timestamp::UNIX_EPOCH);
+            assert_eq!(condition(&status, "Ready").status, "False");
+            assert_eq!(condition(&status, "Ready").reason, reason);
+            assert_eq!(condition(&status, "Stalled").status, stalled, "{reason}");
+        }
     }
 
     #[test]

@@ -1,24 +1,28 @@
 //! One guest's thread: looks at what is asked for and at what runs, makes up one difference, reports.
 
+use std::borrow::Cow;
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use understudy_api::conditions::reasons as api_reasons;
 use understudy_api::guest::{DeletionPolicy, GuestPhase, RunStrategy};
 use understudy_api::{Guest, Phase};
 use understudy_vmm_control::api::{VmInfo, VmState};
 use understudy_vmm_control::owner::{Owner, state_dir};
+use uuid::Uuid;
 
 use super::boot::{BootError, cold_boot};
 use super::maintenance::{Maintenance, end_process};
 use super::resolve::{Resolved, resolve};
 use super::status::{self, Seen, reasons};
 use super::{requests, resolve::SpecError};
-use crate::guest_agent::Heard;
+use crate::guest_agent::{Heard, Link, LinkError};
 use crate::host;
 use crate::network::remove_tap;
 use crate::node::Node;
+use crate::sessions;
 use crate::store::{Key, Object};
 use crate::vmm::{Instance, Layout};
 
@@ -38,6 +42,12 @@ const FIRST_BACK_OFF: Duration = Duration::from_secs(1);
 const LAST_BACK_OFF: Duration = Duration::from_secs(60);
 /// A guest that ran this long has not failed at its start.
 const STEADY: Duration = Duration::from_secs(60);
+/// How long a guest agent may take to set the clock and announce the network.
+const RESUMED_LIMIT: Duration = Duration::from_secs(30);
+/// Memory of a resumed session proved bad: the guest is paused.
+const SESSION_DAMAGED: &str = "CheckpointDamaged";
+/// The records of sessions cannot be read.
+const SESSION_UNREADABLE: &str = "SessionUnreadable";
 /// A boot that takes this long without a word from the guest agent is told as one without it.
 const AGENT_PATIENCE: Duration = Duration::from_secs(120);
 
@@ -58,6 +68,8 @@ struct Worker {
     stopping_since: Option<Instant>,
     described: Option<Instant>,
     told: Option<(GuestPhase, String)>,
+    told_resumed: Option<Uuid>,
+    to_describe: Option<Arc<Link>>,
 }
 
 impl Worker {
@@ -72,6 +84,8 @@ impl Worker {
             stopping_since: None,
             described: None,
             told: None,
+            told_resumed: None,
+            to_describe: None,
         }
     }
 
@@ -81,16 +95,29 @@ impl Worker {
             match self.node.objects.guest(&self.key) {
                 Ok(Some(guest)) => {
                     let turn = self.node.turn(&self.key);
-                    let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
+                    let held = turn.lock().unwrap_or_else(PoisonError::into_inner);
                     if self.pass(&guest) {
                         return;
                     }
+                    drop(held);
+                    self.describe();
                 }
                 Ok(None) => return,
                 Err(error) => tracing::error!(guest = %self.key, %error, "the guest is left alone"),
             }
             std::thread::sleep(REST);
             seen = self.node.objects.wait(seen, TICK);
+        }
+    }
+
+    /// Has the guest describe itself, where that is due: outside of its turn, so that an agent that hangs
+    /// holds up no operation and no reboot of the host.
+    fn describe(&mut self) {
+        let Some(link) = self.to_describe.take() else {
+            return;
+        };
+        if let Err(error) = link.describe(DESCRIBE_LIMIT) {
+            tracing::debug!(guest = %self.key, %error, "the guest did not describe itself");
         }
     }
 
@@ -112,9 +139,12 @@ impl Worker {
         let current = owner
             .as_ref()
             .and_then(|owner| self.node.instances.get(&resolved.uid, owner.incarnation));
-        // While an operation is in flight its engine alone starts and ends VMMs of this guest.
+        // While an operation is in flight, or the host is about to reboot, an engine alone starts and ends
+        // VMMs of this guest.
         let in_flight = self.node.in_flight(&self.key);
-        let busy = in_flight.is_some();
+        let hold = self.node.work.hold(&resolved.uid);
+        let held = hold.is_some() || self.node.work.holds_all_guests();
+        let busy = in_flight.is_some() || held;
         let running = current
             .filter(Instance::is_alive)
             .filter(|instance| busy || !self.reap(&resolved, instance));
@@ -134,6 +164,11 @@ impl Worker {
             }
             (Some(instance), false) if !busy => self.stop(guest, &resolved, instance),
             (Some(instance), false) => self.observe(guest, &resolved, instance, true),
+            (None, _) if held => {
+                self.running_since = None;
+                let hold = hold.clone().unwrap_or_else(|| self.node.work.held_down());
+                Seen::down(hold.phase, hold.reason, hold.message)
+            }
             (None, _) if busy => Seen::down(
                 GuestPhase::Failed,
                 reasons::START_FAILED,
@@ -152,7 +187,13 @@ impl Worker {
                 )
             }
         };
+        if let Some(hold) = hold.filter(|_| running.is_some()) {
+            seen.phase = hold.phase;
+            seen.reason = hold.reason.into();
+            seen.message = hold.message;
+        }
         seen.incarnation = owner.as_ref().map(|owner| owner.incarnation).or(seen.incarnation);
+        seen.session = self.node.work.session(&resolved.uid);
         seen.dormant = self.node.records.dormant(&resolved.uid).ok().flatten();
         self.report(guest, &seen);
         false
@@ -221,11 +262,12 @@ impl Worker {
         let heard = self.hear(guest, resolved, instance, quiet);
         let seen = |phase, reason, message: String| Seen {
             phase,
-            reason,
+            reason: Cow::Borrowed(reason),
             message,
             incarnation: Some(instance.incarnation),
             heard: heard.clone(),
             dormant: None,
+            session: None,
         };
         if info.state == VmState::Exited {
             let why = info.exit_reason.unwrap_or_default();
@@ -235,7 +277,14 @@ impl Worker {
                 format!("the guest has stopped: {why}"),
             );
         }
-        if heard.boot_complete {
+        if let Some(resume) = &info.resume {
+            if let Some(error) = &resume.error {
+                return seen(GuestPhase::Failed, SESSION_DAMAGED, error.clone());
+            }
+            self.tell_resumed(resolved, instance, resume.checkpoint);
+        }
+        // One that was resumed has booted before.
+        if heard.boot_complete || info.resume.is_some() {
             let message = match heard.connected {
                 true => String::new(),
                 false => format!("the guest agent does not answer: {}", heard.problem),
@@ -274,17 +323,74 @@ impl Worker {
             let due = self.described.is_none_or(|then| then.elapsed() >= DESCRIBE);
             if due && !busy {
                 self.described = Some(Instant::now());
-                if let Err(error) = link.describe(DESCRIBE_LIMIT) {
-                    tracing::debug!(guest = %self.key, %error, "the guest did not describe itself");
-                }
+                self.to_describe = Some(link.clone());
             }
             requests::pass(&self.node, guest, &link);
         }
         link.heard()
     }
 
+    /// Tells the guest agent that its session was resumed, once it is connected: the time has stepped.
+    fn tell_resumed(&mut self, resolved: &Resolved, instance: &Instance, checkpoint: Uuid) {
+        if self.told_resumed == Some(checkpoint) {
+            return;
+        }
+        let layout = Layout::new(&self.node.config, &self.key, &resolved.uid, instance.incarnation);
+        let Ok(link) = self.node.link(&layout.vsock()) else {
+            return;
+        };
+        if !link.heard().connected {
+            return;
+        }
+        match link.resumed(RESUMED_LIMIT) {
+            Ok(told) => {
+                tracing::info!(
+                    guest = %self.key,
+                    stepped_us = told.stepped_us,
+                    announced = told.announced,
+                    "the guest agent knows that the session was resumed"
+                );
+                self.told_resumed = Some(checkpoint);
+            }
+            Err(LinkError::TooOld(version)) => {
+                tracing::warn!(guest = %self.key, version, "the guest agent is too old to set the guest's clock after a resume; install a newer one");
+                self.told_resumed = Some(checkpoint);
+            }
+            // It is told again in the next pass.
+            Err(error) => tracing::warn!(guest = %self.key, %error, "telling the guest agent of the resume"),
+        }
+    }
+
+    /// Why the guest is not booted: it has a session that nobody has used. Whoever made it, and whatever
+    /// became of the update that did.
+    fn session_waits(&self, resolved: &Resolved) -> Option<Seen> {
+        let unused = sessions::unused(&self.node, &resolved.uid, |checkpoint| {
+            self.node.work.knows(checkpoint)
+        });
+        match unused {
+            Ok(None) => None,
+            Ok(Some(record)) => Some(Seen::down(
+                GuestPhase::Saved,
+                api_reasons::SESSION_SAVED,
+                format!(
+                    "its session is saved (checkpoint {}, NodeUpdate {}), and no update that would resume it is under way; restart the agent to try again, or give the session up by `understudy-node discard-session {} --yes`",
+                    record.identity.checkpoint, record.node_update, self.key
+                ),
+            )),
+            Err(error) => Some(Seen::down(
+                GuestPhase::Saved,
+                SESSION_UNREADABLE,
+                format!("whether it has a saved session cannot be told, so it is not booted: {error}"),
+            )),
+        }
+    }
+
     fn start(&mut self, guest: &Guest, resolved: &Resolved) -> Seen {
         self.described = None;
+        if let Some(seen) = self.session_waits(resolved) {
+            self.running_since = None;
+            return seen;
+        }
         if self.running_since.take().is_some() {
             // It ran, and does not any more.
             self.failed();
@@ -452,6 +558,10 @@ impl Worker {
                 let _ = super::boot::remove_layer(&resolved.state_dir(), layer);
             }
         }
+        if let Err(error) = self.destroy_sessions(&resolved.uid) {
+            tracing::error!(guest = %self.key, %error, "deleting the guest's sessions");
+            return false;
+        }
         match self.node.records.dormant(&resolved.uid) {
             Ok(Some(dormant)) => {
                 if let Err(error) = super::maintenance::remove_dormant(&self.node, resolved, owner, &dormant)
@@ -474,6 +584,14 @@ impl Worker {
             }
         }
         self.forget(guest)
+    }
+
+    /// Nobody wants the sessions of a deleted guest.
+    fn destroy_sessions(&self, uid: &str) -> Result<(), sessions::SessionError> {
+        for record in self.node.sessions.records.of(uid)? {
+            self.node.sessions.destroy(uid, record.identity.checkpoint)?;
+        }
+        Ok(())
     }
 
     fn forget(&mut self, guest: &Guest) -> bool {
@@ -510,7 +628,7 @@ impl Worker {
         let before = guest.status.as_ref().and_then(|status| status.phase);
         let durable = before != Some(seen.phase);
         if durable {
-            tracing::info!(guest = %self.key, phase = ?seen.phase, reason = seen.reason, "{}", seen.message);
+            tracing::info!(guest = %self.key, phase = ?seen.phase, reason = %seen.reason, "{}", seen.message);
         }
         let reported = self
             .node

@@ -66,3 +66,24 @@ fn a_deleted_guest_leaves_its_disk_unless_told_otherwise() {
     }
     assert!(bed.node.instances.guests().is_empty());
 }
+
+#[test]
+fn a_guest_with_an_unused_session_is_not_booted_whoever_made_it_until_the_session_is_discarded() {
+    let bed = Bed::new(FAILING);
+    let (guest, instance) = bed.running_guest();
+    // No update knows of it: its record was lost, say.
+    let record = bed.saved_session(&guest, &instance);
+    run(&bed, "web");
+    let message = bed.ready_message("web", "SessionSaved");
+    assert!(
+        message.contains("discard-session default/web --yes") && message.contains("kernel-1"),
+        "{message}"
+    );
+    assert!(!instance.log.exists(), "no VMM was started");
+    let sessions = &bed.node.sessions.records;
+    sessions
+        .ask_to_discard(&guest.uid(), record.identity.checkpoint)
+        .unwrap();
+    bed.ready_message("web", reasons::START_FAILED);
+    assert!(sessions.of(&guest.uid()).unwrap().is_empty());
+}

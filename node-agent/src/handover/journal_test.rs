@@ -1,3 +1,6 @@
+use std::fs::{self, File};
+use std::path::Path;
+
 use understudy_api::reboot::SeamlessRebootSpec;
 use uuid::Uuid;
 
@@ -23,7 +26,7 @@ fn operation(uid: &str) -> Operation {
 #[test]
 fn a_record_is_found_again_as_it_was_written_last() {
     let dir = tempfile::tempdir().unwrap();
-    let mut journal = Directory::open(dir.path().join("journal")).unwrap();
+    let journal = Directory::open(dir.path().join("journal")).unwrap();
     let mut written = operation("a-1");
     journal.write(&written).unwrap();
     written.step = Step::Split;
@@ -39,7 +42,7 @@ fn a_record_is_found_again_as_it_was_written_last() {
 #[test]
 fn a_replacement_that_was_cut_short_leaves_the_old_record() {
     let dir = tempfile::tempdir().unwrap();
-    let mut journal = Directory::open(dir.path()).unwrap();
+    let journal = Directory::open(dir.path()).unwrap();
     journal.write(&operation("a")).unwrap();
     let half = &encode(&operation("a")).unwrap()[..100];
     fs::write(dir.path().join("a.new"), half).unwrap();
@@ -53,19 +56,19 @@ fn a_replacement_that_was_cut_short_leaves_the_old_record() {
 #[test]
 fn a_damaged_record_is_refused_by_name_and_spoils_no_other() {
     let dir = tempfile::tempdir().unwrap();
-    let mut journal = Directory::open(dir.path()).unwrap();
+    let journal = Directory::open(dir.path()).unwrap();
     journal.write(&operation("good")).unwrap();
     let whole = encode(&operation("bad")).unwrap();
     let path = dir.path().join("bad.operation");
     // Every truncation, and a flip of every byte.
     for cut in 0..whole.len() {
-        let error = decode(&whole[..cut], &path).unwrap_err();
+        let error = decode::<Operation>(&whole[..cut], &path).unwrap_err();
         assert!(matches!(error, JournalError::Damaged { .. }), "{cut}: {error}");
     }
     for at in 0..whole.len() {
         let mut flipped = whole.clone();
         flipped[at] ^= 1;
-        assert!(decode(&flipped, &path).is_err(), "byte {at}");
+        assert!(decode::<Operation>(&flipped, &path).is_err(), "byte {at}");
     }
     fs::write(&path, &whole[..whole.len() - 1]).unwrap();
     let found = journal.load().unwrap();
@@ -81,7 +84,7 @@ fn a_damaged_record_is_refused_by_name_and_spoils_no_other() {
 fn a_record_of_another_version_is_refused_with_what_would_do() {
     let whole = String::from_utf8(encode(&operation("a")).unwrap()).unwrap();
     let newer = whole.replacen(" 1 ", " 2 ", 1);
-    let error = decode(newer.as_bytes(), Path::new("a.operation")).unwrap_err();
+    let error = decode::<Operation>(newer.as_bytes(), Path::new("a.operation")).unwrap_err();
     assert!(
         matches!(error, JournalError::Version { version: 2, .. }),
         "{error}"
@@ -102,7 +105,7 @@ fn a_record_beyond_the_limit_is_not_read() {
 #[test]
 fn a_uid_never_names_a_file_elsewhere() {
     let dir = tempfile::tempdir().unwrap();
-    let mut journal = Directory::open(dir.path().join("journal")).unwrap();
+    let journal = Directory::open(dir.path().join("journal")).unwrap();
     journal.write(&operation("../../etc/passwd")).unwrap();
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     assert_eq!(journal.load().unwrap().len(), 1);

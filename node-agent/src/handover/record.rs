@@ -9,39 +9,10 @@ use uuid::Uuid;
 
 use super::effects::Preflight;
 use super::plan::Plan;
+pub use crate::moment::Moment;
 
 /// Version of the record's format. A record of another version is refused, never guessed at.
 pub const RECORD_VERSION: u32 = 1;
-
-/// A point in time, by two clocks: what people read, and what does not step.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Moment {
-    /// Microseconds since 1970, UTC.
-    pub unix_us: i64,
-    /// Microseconds of the host's `CLOCK_BOOTTIME`: survives the agent, starts anew with the host.
-    pub boot_us: i64,
-}
-
-impl Moment {
-    /// Microseconds from `earlier` to this moment, never negative. Uses the clock that does not step; where
-    /// the host was rebooted in between (that clock went back) the other one.
-    pub fn since(self, earlier: Moment) -> i64 {
-        if self.boot_us >= earlier.boot_us {
-            self.boot_us - earlier.boot_us
-        } else {
-            (self.unix_us - earlier.unix_us).max(0)
-        }
-    }
-
-    /// This moment and `micros` later.
-    pub fn plus(self, micros: i64) -> Moment {
-        Moment {
-            unix_us: self.unix_us.saturating_add(micros),
-            boot_us: self.boot_us.saturating_add(micros),
-        }
-    }
-}
 
 /// What is done next. Names are in the record and in logs; the order is that of a run without trouble.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -166,6 +166,7 @@ impl Scanner {
                 Ok(Manifest::SeamlessReboot(object)) => {
                     self.apply(&*object, written, path, store, &mut seen);
                 }
+                Ok(Manifest::HostUpdate(object)) => self.apply(&*object, written, path, store, &mut seen),
                 Err(error) => seen.problems.push(error.to_string()),
             }
         }

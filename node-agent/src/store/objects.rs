@@ -16,12 +16,15 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use understudy_api::crd::Kind;
 use understudy_api::validation::{FieldError, validate_change};
-use understudy_api::{Guest, ObjectMeta, SeamlessReboot, Time};
+use understudy_api::{Guest, Host, HostUpdate, NodeUpdate, ObjectMeta, SeamlessReboot, Time};
 use uuid::Uuid;
 
 use crate::durable::{self, DurableError};
 
-/// Namespace and name of an object.
+/// Directory of objects that belong to no namespace; no namespace has this name.
+const CLUSTER: &str = "@cluster";
+
+/// Namespace and name of an object; the namespace is empty for kinds that belong to the cluster.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key {
     /// Its namespace.
@@ -42,7 +45,10 @@ impl Key {
 
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.name)
+        if !self.namespace.is_empty() {
+            write!(f, "{}/", self.namespace)?;
+        }
+        f.write_str(&self.name)
     }
 }
 
@@ -70,7 +76,10 @@ pub trait Object: Clone + PartialEq + Serialize + DeserializeOwned {
     fn key(&self) -> Key {
         let meta = self.meta();
         Key {
-            namespace: meta.namespace.clone().unwrap_or_else(|| "default".to_owned()),
+            namespace: match Self::KIND.is_namespaced() {
+                true => meta.namespace.clone().unwrap_or_else(|| "default".to_owned()),
+                false => String::new(),
+            },
             name: meta.name.clone().unwrap_or_default(),
         }
     }
@@ -123,6 +132,9 @@ object!(
     "seamlessreboots",
     understudy_api::SeamlessRebootStatus
 );
+object!(HostUpdate, "hostupdates", understudy_api::HostUpdateStatus);
+object!(NodeUpdate, "nodeupdates", understudy_api::NodeUpdateStatus);
+object!(Host, "hosts", understudy_api::HostStatus);
 
 /// Why an object could not be changed.
 #[derive(Debug, thiserror::Error)]
@@ -199,7 +211,13 @@ impl Store {
     /// Opens the store beneath `state_dir`, making its directories where they are missing.
     pub fn open(state_dir: &Path) -> Result<Store, StoreError> {
         let dir = state_dir.join("objects");
-        for plural in [Guest::PLURAL, SeamlessReboot::PLURAL] {
+        for plural in [
+            Guest::PLURAL,
+            SeamlessReboot::PLURAL,
+            HostUpdate::PLURAL,
+            NodeUpdate::PLURAL,
+            Host::PLURAL,
+        ] {
             durable::make_dir(&dir.join(plural))?;
         }
         Ok(Store {
@@ -247,7 +265,7 @@ impl Store {
             let meta = object.meta_mut();
             *meta = ObjectMeta {
                 name: Some(key.name.clone()),
-                namespace: Some(key.namespace.clone()),
+                namespace: O::KIND.is_namespaced().then(|| key.namespace.clone()),
                 labels: meta.labels.take(),
                 annotations: meta.annotations.take(),
                 uid: Some(Uuid::new_v4().to_string()),
@@ -374,9 +392,13 @@ impl Store {
     }
 
     fn path<O: Object>(&self, key: &Key) -> PathBuf {
+        let namespace = match key.namespace.as_str() {
+            "" => CLUSTER,
+            namespace => namespace,
+        };
         self.dir
             .join(O::PLURAL)
-            .join(&key.namespace)
+            .join(namespace)
             .join(format!("{}.json", key.name))
     }
 

@@ -10,7 +10,7 @@ fn guest(memory: &str, source: &str) -> Guest {
     );
     match parse(&text).unwrap().remove(0).unwrap() {
         Manifest::Guest(guest) => *guest,
-        Manifest::SeamlessReboot(_) => unreachable!(),
+        _ => unreachable!(),
     }
 }
 
@@ -104,4 +104,23 @@ fn a_damaged_file_hides_no_other_object() {
     store.apply(&guest("512Mi", "a.img"), at(1)).unwrap();
     fs::write(dir.path().join("objects/guests/default/bad.json"), "{").unwrap();
     assert_eq!(store.list::<Guest>().len(), 1);
+}
+
+#[test]
+fn an_object_of_the_cluster_has_no_namespace_and_is_found_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let text = "apiVersion: understudy.dev/v1alpha1\nkind: HostUpdate\nmetadata: {name: kernel}\nspec: {}\n";
+    let Manifest::HostUpdate(update) = parse(text).unwrap().remove(0).unwrap() else {
+        panic!("not a HostUpdate");
+    };
+    assert_eq!(store.apply(&*update, at(1)).unwrap(), Applied::Created);
+    let listed = store.list::<HostUpdate>();
+    assert_eq!(listed.len(), 1);
+    assert_eq!(listed[0].metadata.namespace, None);
+    assert_eq!(listed[0].key().to_string(), "kernel");
+    assert_eq!(
+        store.get::<HostUpdate>(&listed[0].key()).unwrap().as_ref(),
+        listed.first()
+    );
 }

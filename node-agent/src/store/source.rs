@@ -4,9 +4,12 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
-use understudy_api::{Guest, GuestStatus, SeamlessReboot, SeamlessRebootStatus};
+use understudy_api::{
+    Guest, GuestStatus, Host, HostSpec, HostStatus, HostUpdate, HostUpdateStatus, NodeUpdate,
+    NodeUpdateStatus, SeamlessReboot, SeamlessRebootStatus,
+};
 
-use super::objects::{Key, Store, StoreError};
+use super::objects::{Key, Object, Store, StoreError};
 
 /// Where specs come from and status goes. Deletion is asked for by a deletion time; an object that is
 /// absent asks for nothing.
@@ -41,6 +44,37 @@ pub trait Objects: Send + Sync {
     fn reboot_gone(&self, key: &Key, uid: &str) -> Result<(), StoreError>;
     /// Makes a reboot in a guest's name; nothing where it exists.
     fn make_reboot(&self, reboot: &SeamlessReboot) -> Result<(), StoreError>;
+    /// All HostUpdates.
+    fn host_updates(&self) -> Vec<HostUpdate>;
+    /// One HostUpdate.
+    fn host_update(&self, name: &str) -> Result<Option<HostUpdate>, StoreError>;
+    /// All NodeUpdates of this node.
+    fn node_updates(&self) -> Vec<NodeUpdate>;
+    /// One NodeUpdate.
+    fn node_update(&self, name: &str) -> Result<Option<NodeUpdate>, StoreError>;
+    /// Makes a NodeUpdate where there is none of its name; it as it is then.
+    fn make_node_update(&self, update: &NodeUpdate) -> Result<Option<NodeUpdate>, StoreError>;
+    /// Changes the status of the HostUpdate with this UID.
+    fn report_host_update(
+        &self,
+        name: &str,
+        uid: &str,
+        change: &mut dyn FnMut(&mut HostUpdateStatus),
+    ) -> Result<(), StoreError>;
+    /// Changes the status of the NodeUpdate with this UID; `durable` where it must survive a power cut.
+    fn report_node_update(
+        &self,
+        name: &str,
+        uid: &str,
+        durable: bool,
+        change: &mut dyn FnMut(&mut NodeUpdateStatus),
+    ) -> Result<(), StoreError>;
+    /// Changes the status of this node's Host, which is made where it is missing.
+    fn report_host(&self, name: &str, change: &mut dyn FnMut(&mut HostStatus)) -> Result<(), StoreError>;
+    /// A HostUpdate that was being deleted is gone.
+    fn host_update_gone(&self, name: &str, uid: &str) -> Result<(), StoreError>;
+    /// A NodeUpdate that was being deleted is gone.
+    fn node_update_gone(&self, name: &str, uid: &str) -> Result<(), StoreError>;
     /// Waits until something may have changed, at most for `limit`; `seen` is what the last call returned.
     fn wait(&self, seen: u64, limit: Duration) -> u64;
     /// Wakes who waits.
@@ -94,6 +128,72 @@ impl Objects for Store {
 
     fn make_reboot(&self, reboot: &SeamlessReboot) -> Result<(), StoreError> {
         self.apply(reboot, Timestamp::now()).map(drop)
+    }
+
+    fn host_updates(&self) -> Vec<HostUpdate> {
+        self.list()
+    }
+
+    fn host_update(&self, name: &str) -> Result<Option<HostUpdate>, StoreError> {
+        self.get(&Key::new("", name))
+    }
+
+    fn node_updates(&self) -> Vec<NodeUpdate> {
+        self.list()
+    }
+
+    fn node_update(&self, name: &str) -> Result<Option<NodeUpdate>, StoreError> {
+        self.get(&Key::new("", name))
+    }
+
+    fn make_node_update(&self, update: &NodeUpdate) -> Result<Option<NodeUpdate>, StoreError> {
+        let key = update.key();
+        if self.get::<NodeUpdate>(&key)?.is_none() {
+            self.apply(update, Timestamp::now())?;
+        }
+        self.get(&key)
+    }
+
+    fn report_host_update(
+        &self,
+        name: &str,
+        uid: &str,
+        change: &mut dyn FnMut(&mut HostUpdateStatus),
+    ) -> Result<(), StoreError> {
+        self.update_status::<HostUpdate>(&Key::new("", name), uid, true, change)
+    }
+
+    fn report_node_update(
+        &self,
+        name: &str,
+        uid: &str,
+        durable: bool,
+        change: &mut dyn FnMut(&mut NodeUpdateStatus),
+    ) -> Result<(), StoreError> {
+        self.update_status::<NodeUpdate>(&Key::new("", name), uid, durable, change)
+    }
+
+    fn report_host(&self, name: &str, change: &mut dyn FnMut(&mut HostStatus)) -> Result<(), StoreError> {
+        let key = Key::new("", name);
+        let host = match self.get::<Host>(&key)? {
+            Some(host) => host,
+            None => {
+                self.apply(&Host::new(name, HostSpec {}), Timestamp::now())?;
+                match self.get::<Host>(&key)? {
+                    Some(host) => host,
+                    None => return Ok(()),
+                }
+            }
+        };
+        self.update_status::<Host>(&key, &host.uid(), false, change)
+    }
+
+    fn host_update_gone(&self, name: &str, uid: &str) -> Result<(), StoreError> {
+        self.remove::<HostUpdate>(&Key::new("", name), uid)
+    }
+
+    fn node_update_gone(&self, name: &str, uid: &str) -> Result<(), StoreError> {
+        self.remove::<NodeUpdate>(&Key::new("", name), uid)
     }
 
     fn wait(&self, seen: u64, limit: Duration) -> u64 {

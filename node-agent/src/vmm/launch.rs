@@ -91,6 +91,11 @@ impl Launcher {
         }
     }
 
+    /// Whether systemd keeps what is started.
+    pub fn has_systemd(&self) -> bool {
+        self.systemd
+    }
+
     /// Name of the unit of an incarnation, where there is systemd.
     pub fn unit(&self, key: &Key, incarnation: u64) -> Option<String> {
         self.systemd.then(|| {
@@ -199,8 +204,10 @@ impl Launcher {
                 instance.incarnation
             ))
             .args(["--property=Type=exec", "--property=Restart=no"])
-            // At a shutdown of the host units stop in reverse order: the agent first, then its VMMs.
+            // At a shutdown of the host units stop in reverse order: the agent first, whose stop job saves
+            // sessions, then its VMMs, and only then networks and file systems.
             .arg("--property=Before=understudy-node.service")
+            .arg("--property=After=network.target remote-fs.target")
             .arg("--property=TimeoutStopSec=90s")
             .args(["--property=OOMScoreAdjust=-500", "--property=LimitNOFILE=65536"])
             .arg(format!("--property=StandardOutput=append:{log}"))
@@ -278,6 +285,25 @@ fn main_pid(unit: &str) -> Option<u32> {
             _ => std::thread::sleep(LOOK),
         }
     }
+}
+
+/// Length of a log, to find later what was added to it.
+pub(crate) fn log_length(log: &Path) -> u64 {
+    fs::metadata(log).map_or(0, |metadata| metadata.len())
+}
+
+/// What was added to a log since it had this length: its end, where it is much.
+pub(crate) fn log_since(log: &Path, length: u64) -> String {
+    let read = || -> io::Result<Vec<u8>> {
+        let mut file = fs::File::open(log)?;
+        let end = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.max(end.saturating_sub(QUOTED_LOG))))?;
+        let mut text = Vec::new();
+        file.take(QUOTED_LOG).read_to_end(&mut text)?;
+        Ok(text)
+    };
+    let text = read().unwrap_or_default();
+    String::from_utf8_lossy(&text).into_owned()
 }
 
 /// The last lines of a log, for an error.

@@ -6,8 +6,8 @@ mod launch;
 mod process;
 
 pub use instance::{Instance, Instances, Layout};
-pub(crate) use launch::log_end;
 pub use launch::{LaunchError, Launcher};
+pub(crate) use launch::{log_end, log_length, log_since};
 pub use process::{Process, host_boot_id};
 
 use understudy_vmm_control::client::ClientError;

@@ -42,6 +42,12 @@ impl Process {
         self.host_boot_id == host_boot_id() && start_time(self.pid) == Some(self.start_time)
     }
 
+    /// When it was started, in microseconds of the host's `CLOCK_BOOTTIME`, to 10 ms (`USER_HZ` is 100 on
+    /// every architecture that we run on).
+    pub fn started_boot_us(&self) -> i64 {
+        i64::try_from(self.start_time).unwrap_or(0).saturating_mul(10_000)
+    }
+
     /// Waits until it has ended, at most for `limit`; returns whether it has.
     pub fn wait(&self, limit: Duration) -> bool {
         let Some(pidfd) = self.open() else {

@@ -1,0 +1,309 @@
+//! `HostUpdate`: a desired state of nodes, reached by rebooting them while their guests' sessions go on.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::CustomResource;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::never_observed;
+use crate::node_phase::NodeUpdatePhase;
+
+/// A desired state of nodes.
+///
+/// Every selected node shall satisfy `expect`. One that does not is updated (`update.command`) and rebooted;
+/// the sessions of its guests are saved before, and go on afterwards. Each pass over a node is a NodeUpdate.
+/// Deleting a HostUpdate aborts passes whose host is not rebooting yet.
+#[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[kube(
+    group = "understudy.dev",
+    version = "v1alpha1",
+    kind = "HostUpdate",
+    plural = "hostupdates",
+    shortname = "hu",
+    category = "understudy",
+    status = "HostUpdateStatus",
+    derive = "PartialEq",
+    doc = "A desired state of nodes: each one that does not satisfy it is updated and rebooted, and the sessions of its guests go on.",
+    printcolumn = r#"{"name":"Ready","type":"string","jsonPath":".status.conditions[?(@.type==\"Ready\")].status","description":"Whether every selected node is as declared"}"#,
+    printcolumn = r#"{"name":"Reason","type":"string","jsonPath":".status.conditions[?(@.type==\"Ready\")].reason","description":"Why, in one word"}"#,
+    printcolumn = r#"{"name":"Kernel","type":"string","jsonPath":".spec.expect.kernelRelease","description":"Kernel release that is expected"}"#,
+    printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#,
+    printcolumn = r#"{"name":"Message","type":"string","jsonPath":".status.conditions[?(@.type==\"Ready\")].message","priority":1}"#
+)]
+#[serde(rename_all = "camelCase")]
+pub struct HostUpdateSpec {
+    /// Which nodes. Empty: every node.
+    #[serde(default)]
+    pub node_selector: NodeSelector,
+    /// What is done on the host before it is rebooted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub update: Option<Update>,
+    /// What holds afterwards. Nodes where it holds already are left alone; where it does not hold after
+    /// the reboot, the pass has failed. Absent: each node is updated once for each generation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expect: Option<HostExpect>,
+    /// How the host is rebooted.
+    #[serde(default)]
+    pub reboot: Reboot,
+    /// How sessions are saved.
+    #[serde(default)]
+    pub sessions: Sessions,
+    /// No new pass is begun while this is true; those that have begun go on.
+    #[serde(default)]
+    pub paused: bool,
+    /// What is asked of passes that have begun. Not to be kept in Git.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub action: Option<HostUpdateAction>,
+}
+
+/// Nodes, by their labels. A node agent without a cluster knows these of its node: `kubernetes.io/hostname`
+/// (the node's name), `kubernetes.io/os` and `kubernetes.io/arch`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeSelector {
+    /// Labels with their values: a node is selected when it has all of them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 16, "additionalProperties" = {"type": "string", "maxLength": 63}))]
+    pub match_labels: BTreeMap<String, String>,
+}
+
+impl NodeSelector {
+    /// Whether a node with these labels is selected.
+    pub fn selects(&self, labels: &BTreeMap<String, String>) -> bool {
+        self.match_labels
+            .iter()
+            .all(|(label, value)| labels.get(label) == Some(value))
+    }
+}
+
+/// What is done on the host before it is rebooted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Update {
+    /// Program with arguments, run on the host as root while guests run; no shell. It must be fit to be
+    /// run again: where the node agent cannot tell whether it ran to its end, it is. It must not reboot
+    /// the host. When it fails, the update does, and nothing was saved or rebooted.
+    #[schemars(length(min = 1, max = 64), inner(length(max = 4096)))]
+    pub command: Vec<String>,
+    /// The longest that it may take, `1s` to `24h`.
+    #[serde(default = "thirty_minutes")]
+    pub timeout: String,
+}
+
+/// What holds on the host after the reboot.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct HostExpect {
+    /// Kernel release that runs (`uname -r`), such as `6.1.0-50-amd64`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel_release: Option<String>,
+    /// The host was booted after this time (RFC 3339), such as `2026-11-22T18:00:00Z`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub booted_after: Option<Time>,
+}
+
+impl HostExpect {
+    /// Whether a boot satisfies this; `Err` says what it misses. `booted_at` is in microseconds since 1970.
+    pub fn satisfied_by(&self, kernel_release: &str, booted_at: i64) -> Result<(), String> {
+        if let Some(expected) = &self.kernel_release
+            && expected != kernel_release
+        {
+            return Err(format!(
+                "the host runs kernel {kernel_release} where {expected} is expected"
+            ));
+        }
+        if let Some(after) = &self.booted_after
+            && booted_at <= after.0.as_microsecond()
+        {
+            return Err(format!("the host was not booted after {}", after.0));
+        }
+        Ok(())
+    }
+}
+
+/// How the host is rebooted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Reboot {
+    /// `Systemd`: as `systemctl reboot` does. `Command`: by `command`.
+    #[serde(default)]
+    pub method: RebootMethod,
+    /// Program with arguments that reboots the host, for the method `Command`; run as root, no shell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64), inner(length(max = 4096)))]
+    pub command: Option<Vec<String>>,
+    /// How long the host may take to go down, `1s` to `50m`. After that the update has failed, and the
+    /// guests, which were paused until then, run on.
+    #[serde(default = "ten_minutes")]
+    pub timeout: String,
+}
+
+impl Default for Reboot {
+    fn default() -> Reboot {
+        Reboot {
+            method: RebootMethod::Systemd,
+            command: None,
+            timeout: ten_minutes(),
+        }
+    }
+}
+
+/// How the host is rebooted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum RebootMethod {
+    /// As `systemctl reboot` does.
+    #[default]
+    Systemd,
+    /// By a command.
+    Command,
+}
+
+/// How sessions are saved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Sessions {
+    /// Where they are kept meanwhile: `Disk`, encrypted, with a fresh key for each.
+    #[serde(default)]
+    pub store: SessionStore,
+    /// Credential provider that keeps the keys over the reboot: the name of one that the node's
+    /// configuration registers, such as `systemd-creds` or `key-file` (`Host` shows them). Absent: the node's
+    /// first. An update is refused before any guest is paused where it is missing or not able.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credential_provider: Option<String>,
+    /// The longest that saving may take for all guests together, `1s` to `24h`; they run meanwhile, but
+    /// for a short pause each. After that the update has failed, and all run on.
+    #[serde(default = "thirty_minutes")]
+    pub timeout: String,
+}
+
+impl Default for Sessions {
+    fn default() -> Sessions {
+        Sessions {
+            store: SessionStore::Disk,
+            credential_provider: None,
+            timeout: thirty_minutes(),
+        }
+    }
+}
+
+/// Where sessions are kept over the reboot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum SessionStore {
+    /// In files of the node's state directory, encrypted.
+    #[default]
+    Disk,
+}
+
+fn ten_minutes() -> String {
+    "10m".to_owned()
+}
+
+fn thirty_minutes() -> String {
+    "30m".to_owned()
+}
+
+/// What is asked of passes that have begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct HostUpdateAction {
+    /// `Abort`: passes whose host is not rebooting yet are taken back, their guests run on, and no other
+    /// one is begun for this generation.
+    #[serde(rename = "type")]
+    pub kind: HostUpdateActionKind,
+}
+
+/// What is asked of passes that have begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum HostUpdateActionKind {
+    /// Taken back.
+    Abort,
+}
+
+/// How far the nodes are.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct HostUpdateStatus {
+    /// Generation of the spec that this status was written for; -1: none yet.
+    #[serde(default = "never_observed")]
+    pub observed_generation: i64,
+    /// The selected nodes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nodes: Vec<UpdatedNode>,
+    /// `Ready`, `Reconciling` and `Stalled` (as kstatus reads them).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conditions: Vec<Condition>,
+}
+
+impl Default for HostUpdateStatus {
+    fn default() -> HostUpdateStatus {
+        HostUpdateStatus {
+            observed_generation: never_observed(),
+            nodes: Vec::new(),
+            conditions: Vec::new(),
+        }
+    }
+}
+
+/// One selected node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct UpdatedNode {
+    /// The node.
+    pub name: String,
+    /// Whether it satisfies `expect`, or has been updated for this generation.
+    pub satisfied: bool,
+    /// The last pass over it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node_update: Option<String>,
+    /// How far that is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase: Option<NodeUpdatePhase>,
+    /// For people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_selector_selects_every_node_and_each_label_must_agree() {
+        let labels = BTreeMap::from([
+            ("kubernetes.io/hostname".to_owned(), "a".to_owned()),
+            ("zone".to_owned(), "1".to_owned()),
+        ]);
+        let selects = |wanted: &[(&str, &str)]| {
+            NodeSelector {
+                match_labels: wanted
+                    .iter()
+                    .map(|(label, value)| ((*label).to_owned(), (*value).to_owned()))
+                    .collect(),
+            }
+            .selects(&labels)
+        };
+        assert!(selects(&[]));
+        assert!(selects(&[("kubernetes.io/hostname", "a")]));
+        assert!(!selects(&[("kubernetes.io/hostname", "b")]));
+        assert!(!selects(&[("kubernetes.io/hostname", "a"), ("rack", "1")]));
+    }
+
+    #[test]
+    fn what_a_host_misses_is_told() {
+        let expect = HostExpect {
+            kernel_release: Some("6.1.0-50".to_owned()),
+            booted_after: Some(Time("2026-11-22T18:00:00Z".parse().unwrap())),
+        };
+        let after = expect.booted_after.as_ref().unwrap().0.as_microsecond();
+        assert_eq!(expect.satisfied_by("6.1.0-50", after + 1), Ok(()));
+        let kernel = expect.satisfied_by("6.1.0-49", after + 1).unwrap_err();
+        assert!(
+            kernel.contains("6.1.0-49") && kernel.contains("6.1.0-50"),
+            "{kernel}"
+        );
+        let time = expect.satisfied_by("6.1.0-50", after).unwrap_err();
+        assert!(time.contains("2026-11-22T18:00:00Z"), "{time}");
+    }
+}
