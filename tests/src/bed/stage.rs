@@ -43,7 +43,7 @@ impl Stage {
     pub fn set(name: &str, binaries: &Path) -> Result<Self> {
         let node = Node::named(name)?;
         let lock = node.lock()?;
-        let images = Images::build(binaries, &["node", "guest-base"])?;
+        let images = Images::build(binaries, &["qemu", "node", "guest-base"])?;
         let started = Instant::now();
         if node.up(&images, &NodeOptions::default(), false)? {
             report("node up", started);
