@@ -48,7 +48,7 @@ pub struct Msr {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum SystemRegisters {
     /// `struct kvm_sregs`.
-    V1(kvm_sregs),
+    V1(Box<kvm_sregs>),
     /// `struct kvm_sregs2` as 64-bit words: as the first, with the page-directory pointers of PAE paging,
     /// which otherwise would be read anew from memory.
     V2(Vec<u64>),
@@ -281,7 +281,7 @@ pub fn restore(
 
 fn read_system(vcpu: &VcpuFd, abilities: &Abilities) -> Result<SystemRegisters, kvm_ioctls::Error> {
     if !abilities.sregs2 {
-        return vcpu.get_sregs().map(SystemRegisters::V1);
+        return vcpu.get_sregs().map(|sregs| SystemRegisters::V1(Box::new(sregs)));
     }
     let mut words = [0u64; SREGS2_WORDS];
     // SAFETY: KVM writes a `struct kvm_sregs2`, which is as large as `words` and of no stricter alignment.
