@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use understudy_vmm_control::session::{CONSUMED, MANIFEST, Refusal};
 
 use crate::sim::{self, CHUNKS};
-use crate::{CHUNK, ChunkBuffer, Lane, Reader, SaveError, Writer, most_bytes};
+use crate::{CHUNK, ChunkBuffer, Reader, SaveError, Writer, most_bytes};
 
 fn writer(directory: &std::path::Path) -> Result<Writer, SaveError> {
     Writer::open(
@@ -129,7 +129,7 @@ fn a_chunk_whose_read_fails_keeps_what_it_was_and_the_save_can_go_on() {
     writer.zero(0..CHUNKS as u64);
     let mut lane = writer.lane();
     let error = lane
-        .write(0, Lane::CHUNKS, |_| Err(std::io::Error::other("gone")))
+        .write(0, CHUNKS, |_, _| Err(std::io::Error::other("gone")))
         .unwrap_err();
     assert!(error.to_string().contains("chunk 0: gone"), "{error}");
     drop(lane);

@@ -202,8 +202,8 @@ impl Writer {
     }
 
     /// Writes all chunks of `ranges` (numbers of chunks; ranges that do not overlap) with `threads` threads.
-    /// `fill` copies guest memory from the number of a chunk on into a buffer of one or more chunks; it is
-    /// called from all threads. With one thread no thread is started.
+    /// `fill` copies the chunk with this number into a buffer; it is called from all threads. With one thread no
+    /// thread is started.
     ///
     /// # Errors
     /// The first failure of any thread; the others stop at their next chunks.
@@ -223,7 +223,7 @@ impl Writer {
             while !stop.load(Ordering::Relaxed) {
                 let next = pieces.lock().unwrap_or_else(PoisonError::into_inner).next();
                 let Some((first, count)) = next else { break };
-                let result = lane.write(first, count, |buffer| fill(first, buffer));
+                let result = lane.write(first, count, &fill);
                 if let Err(error) = result {
                     stop.store(true, Ordering::Relaxed);
                     return Err(error);

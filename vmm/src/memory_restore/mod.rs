@@ -152,11 +152,15 @@ impl LazyMemory {
             shared,
             threads: Mutex::new(Vec::new()),
         };
-        lazy.spawn("memory-faults", Shared::serve_faults)
-            .and_then(|()| {
-                (0..prefetchers.max(1)).try_for_each(|_| lazy.spawn("memory-ahead", Shared::read_ahead))
-            })
-            .map_err(os("starting a thread to fill"))?;
+        let started = lazy.spawn("memory-faults", Shared::serve_faults).and_then(|()| {
+            (0..prefetchers.max(1)).try_for_each(|_| lazy.spawn("memory-ahead", Shared::read_ahead))
+        });
+        if let Err(source) = started {
+            // Nobody has used the memory: it is zero again, whatever was filled in.
+            lazy.discard()?;
+            ram.clear()?;
+            return Err(os("starting a thread to fill")(source));
+        }
         Ok(lazy)
     }
 

@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use understudy_checkpoint::{CHUNK, ChunkBuffer, Lane};
+use understudy_checkpoint::{CHUNK, ChunkBuffer};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::plan::{self, BLOCK};
@@ -13,7 +13,7 @@ use super::userfault::Userfault;
 use super::{ChunkSource, RestoreEvent};
 
 /// Chunks that are read ahead by one request: a fault waits at most for what this takes.
-const AHEAD: u64 = Lane::CHUNKS as u64;
+const AHEAD: u64 = 16;
 
 /// In the checkpoint alone.
 const PENDING: u8 = 0;
