@@ -125,9 +125,12 @@ fn a_reboot_that_has_changed_nothing_is_suspended_for_the_host_and_goes_on_after
     update.step = host_update::Step::Release;
     bed.node.work.put(&update);
     world.release_operations(&update).unwrap();
-    let guest = Key::new("default", "web");
-    assert!(bed.node.in_flight(&guest).is_some(), "it goes on");
     update.step = host_update::Step::Done;
     bed.node.work.put(&update);
+    let guest = Key::new("default", "web");
+    bed.wait("the operation to go on", |bed| {
+        pass(&bed.node);
+        bed.node.in_flight(&guest)
+    });
     wait_for(&bed, "other", reasons::PREFLIGHT_FAILED);
 }

@@ -376,3 +376,28 @@ fn a_kept_session_is_not_booted_past_until_the_user_discards_it() {
     assert!(message.contains("booted anew"), "{message}");
     node.stop();
 }
+
+#[test]
+fn of_reboots_that_the_host_began_the_newest_stay() {
+    let updates: Vec<NodeUpdate> = (0..KEPT_OF_HOST + 3)
+        .map(|number| {
+            let mut update = assign::of_host("alpha", "boot", number, "reboot");
+            update.metadata.uid = Some(number.to_string());
+            let created = Timestamp::from_second(i64::try_from(number).unwrap()).unwrap();
+            update.metadata.creation_timestamp = Some(understudy_api::Time(created));
+            // The oldest has not come to its end.
+            let phase = match number {
+                0 => NodeUpdatePhase::Resuming,
+                _ => NodeUpdatePhase::Resumed,
+            };
+            update.status = Some(understudy_api::NodeUpdateStatus {
+                phase: Some(phase),
+                ..Default::default()
+            });
+            update
+        })
+        .collect();
+    let mut gone = outdated(&updates);
+    gone.sort();
+    assert_eq!(gone, ["1", "2"]);
+}
