@@ -1,5 +1,6 @@
 //! Activation: a clone becomes the guest (DESIGN §5, step 7e and f).
 
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,9 @@ use crate::{info, warning};
 /// How long units may take to start before the answer is given without them; their jobs go on.
 const START: Duration = Duration::from_secs(90);
 
+/// How long the upkeep waits for what clients wait for.
+const UPKEEP_WAITS: Duration = Duration::from_secs(10);
+
 /// Meets the true neighbours, takes off the role of a clone, and starts what was held at boot and what was
 /// stopped for the import.
 pub fn activate(role: &Role, stopped: &[String]) -> Result<Activated, String> {
@@ -21,19 +25,27 @@ pub fn activate(role: &Role, stopped: &[String]) -> Result<Activated, String> {
     // First, for it shortens the interruption.
     meet_neighbours();
     role::mark_active().map_err(|error| format!("{} could not be made: {error}", role::ACTIVE))?;
-    // What the operation names and what was stopped comes first and by itself: it is what clients wait for,
-    // and nothing of it waits until the many units that are held by default were looked at.
+    // What the operation names and what was stopped comes first and by itself: it is what clients wait for. The
+    // many units that are held by default are upkeep, and would take the processor from it.
     let (mut activated, upkeep) = thread::scope(|scope| {
-        let upkeep = scope.spawn(|| {
+        let (first, served) = mpsc::channel::<()>();
+        let upkeep = scope.spawn(move || {
+            // Ends at once when the sender is dropped.
+            let _ = served.recv_timeout(UPKEEP_WAITS);
             let defaults = role::HELD_BY_DEFAULT.iter().map(|u| (*u).to_owned());
             start(
                 defaults
                     .filter(|u| !role.hold.contains(u) && !stopped.contains(u))
                     .collect(),
                 &[],
+                |systemd, _| systemd.units(&["inactive"]),
             )
         });
-        (start(role.hold.clone(), stopped), upkeep.join())
+        let activated = start(role.hold.clone(), stopped, |systemd, held| {
+            systemd.units_by_names(&held.iter().map(String::as_str).collect::<Vec<_>>())
+        });
+        drop(first);
+        (activated, upkeep.join())
     });
     match upkeep {
         Ok(upkeep) => {
@@ -70,15 +82,23 @@ pub fn meet_neighbours() {
     }
 }
 
-/// Starts those of `held` that this boot held back, and all of `stopped`.
-fn start(held: Vec<String>, stopped: &[String]) -> Activated {
+/// Starts those of `held` that this boot held back, and all of `stopped`; `list` finds the units among which
+/// those of `held` are.
+fn start(
+    held: Vec<String>,
+    stopped: &[String],
+    list: impl Fn(&mut Systemd, &[String]) -> Result<Vec<Unit>, BusError>,
+) -> Activated {
     let tried = || -> Result<Activated, BusError> {
         let mut systemd = Systemd::connect()?;
         let mut units = stopped.to_vec();
-        let inactive = systemd.units(&["inactive"])?;
-        for unit in inactive
+        let known = match held.is_empty() {
+            true => Vec::new(),
+            false => list(&mut systemd, &held)?,
+        };
+        for unit in known
             .iter()
-            .filter(|u| held.contains(&u.name) && !stopped.contains(&u.name))
+            .filter(|u| u.active == "inactive" && held.contains(&u.name) && !stopped.contains(&u.name))
         {
             if was_held(&mut systemd, unit)? {
                 units.push(unit.name.clone());
