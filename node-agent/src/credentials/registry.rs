@@ -41,10 +41,12 @@ impl Registry {
         if let Some(path) = &config.key_file {
             providers.push(Arc::new(KeyFile::new(path)));
         }
+        let default = config.provider.as_str();
+        providers.sort_by_key(|provider| provider.name() != default);
         Registry {
             directory: state_dir.join("credentials"),
             providers,
-            default: config.provider.as_str().to_owned(),
+            default: default.to_owned(),
         }
     }
 
@@ -58,7 +60,7 @@ impl Registry {
         }
     }
 
-    /// All providers.
+    /// All providers, the default first.
     pub fn providers(&self) -> &[Arc<dyn CredentialProvider>] {
         &self.providers
     }
