@@ -155,7 +155,10 @@ fn a_session_that_is_saved_under_load_goes_on_in_another_process_where_it_was() 
     assert!(vmm.end().success(), "{}", vmm.stderr());
 
     let again = guest.start(&resuming(&config, &request));
-    let resume = again.info().resume.expect(&again.stderr());
+    let resume = again
+        .info()
+        .resume
+        .unwrap_or_else(|| panic!("{}", again.stderr()));
     assert_eq!(resume.checkpoint, request.checkpoint);
     let after = counts_on(&again, 20);
     wait("all memory is there", || {
@@ -188,7 +191,10 @@ fn fifty_cycles_lose_and_repeat_nothing() {
         drop(vmm);
         vmm = guest.start(&resuming(&config, &request));
         assert_eq!(
-            vmm.info().resume.expect(&vmm.stderr()).checkpoint,
+            vmm.info()
+                .resume
+                .unwrap_or_else(|| panic!("{}", vmm.stderr()))
+                .checkpoint,
             request.checkpoint
         );
         wait("all memory is there", || {
