@@ -410,14 +410,24 @@ mod tests {
     #[test]
     fn a_new_process_a_repeated_count_and_a_skipped_line_are_seen() {
         let report = watch(serve(|taken, line| {
-            Some(format!("{line} {taken} {} boot\n", if taken < 10 { 1 } else { 2 }))
+            Some(format!(
+                "{line} {taken} {} boot\n",
+                if taken < 10 { 1 } else { 2 }
+            ))
         }));
         let seen = &report.phases["start"];
-        assert_eq!((seen.restarts, seen.gaps, seen.disconnected), (1, 0, 0), "{report:?}");
+        assert_eq!(
+            (seen.restarts, seen.gaps, seen.disconnected),
+            (1, 0, 0),
+            "{report:?}"
+        );
         let report = watch(serve(|taken, line| {
             Some(format!("{line} {} 1 boot\n", if taken == 10 { 9 } else { taken }))
         }));
-        assert_eq!(report.phases["start"].gaps, 2, "the count came again, then jumped");
+        assert_eq!(
+            report.phases["start"].gaps, 2,
+            "the count came again, then jumped"
+        );
         let report = watch(serve(|taken, line| {
             let line = if taken == 10 { "11" } else { line };
             Some(format!("{line} {taken} 1 boot\n"))

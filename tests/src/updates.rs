@@ -181,8 +181,15 @@ mod tests {
 
     #[test]
     fn a_manifest_quotes_what_the_command_needs() {
-        let text = manifest("kernel", Some(&["sh", "-c", "echo \"a: b\""]), Some("kernelRelease: 6.1.0-1"));
+        let text = manifest(
+            "kernel",
+            Some(&["sh", "-c", "echo \"a: b\""]),
+            Some("kernelRelease: 6.1.0-1"),
+        );
         assert!(text.contains("      - \"echo \\\"a: b\\\"\"\n"), "{text}");
-        assert!(text.ends_with("  expect:\n    kernelRelease: 6.1.0-1\n"), "{text}");
+        assert!(
+            text.ends_with("  expect:\n    kernelRelease: 6.1.0-1\n"),
+            "{text}"
+        );
     }
 }

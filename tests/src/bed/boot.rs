@@ -18,8 +18,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::node::{Node, NodeOptions, Status};
 use super::Images;
+use super::node::{Node, NodeOptions, Status};
 
 /// How often it is looked whether the machine was reset.
 const LOOK: Duration = Duration::from_millis(50);
@@ -92,7 +92,11 @@ pub(super) fn newest_kernel(disk: &Path, into: &Path) -> Result<BootFiles> {
         debugfs(disk, &format!("dump /boot/{name} {}", to.display()))?;
         // debugfs ends well whatever happens.
         let length = fs::metadata(&to).map(|file| file.len()).unwrap_or_default();
-        ensure!(length > 0, "/boot/{name} could not be read from {}", disk.display());
+        ensure!(
+            length > 0,
+            "/boot/{name} could not be read from {}",
+            disk.display()
+        );
         Ok(to)
     };
     // What an earlier boot took is not needed any more.
@@ -136,9 +140,7 @@ fn compare(a: &str, b: &str) -> Ordering {
 
 /// Takes the number that a text begins with, without leading zeros.
 fn digits<'a>(text: &mut &'a str) -> &'a str {
-    let end = text
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(text.len());
+    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, rest) = text.split_at(end);
     *text = rest;
     number.trim_start_matches('0')
@@ -240,7 +242,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let boot = dir.path().join("root/boot");
         fs::create_dir_all(&boot).unwrap();
-        for (name, content) in [("vmlinuz-1-a", "old"), ("vmlinuz-2-a", "new"), ("initrd.img-2-a", "rd")] {
+        for (name, content) in [
+            ("vmlinuz-1-a", "old"),
+            ("vmlinuz-2-a", "new"),
+            ("initrd.img-2-a", "rd"),
+        ] {
             fs::write(boot.join(name), content).unwrap();
         }
         let disk = dir.path().join("disk");

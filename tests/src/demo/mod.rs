@@ -15,8 +15,8 @@ use serde_json::Value;
 
 pub use outcome::Outcome;
 pub use place::Chosen;
-pub use table::publish;
 use show::Show;
+pub use table::publish;
 
 use crate::bed::{Stage, wait_until};
 use crate::client::TICK;

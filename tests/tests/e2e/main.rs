@@ -6,6 +6,8 @@
 
 mod guest;
 mod handover;
+mod host;
+mod host_failures;
 mod node;
 mod refusals;
 mod vmm;
@@ -33,6 +35,30 @@ const TESTS: &[Test] = &[
         handover::a_clone_that_panics_or_stays_silent_costs_nothing,
     ),
     ("what_cannot_work_says_why", refusals::what_cannot_work_says_why),
+    (
+        "a_failed_save_says_why_and_every_guest_goes_on",
+        host::a_failed_save_says_why_and_every_guest_goes_on,
+    ),
+    (
+        "a_host_update_resumes_every_session",
+        host::a_host_update_resumes_every_session,
+    ),
+    (
+        "a_plain_reboot_typed_on_the_host_loses_no_session",
+        host::a_plain_reboot_typed_on_the_host_loses_no_session,
+    ),
+    (
+        "the_agent_may_die_at_every_phase_of_a_host_update",
+        host::the_agent_may_die_at_every_phase_of_a_host_update,
+    ),
+    (
+        "a_damaged_checkpoint_is_refused_and_kept",
+        host_failures::a_damaged_checkpoint_is_refused_and_kept,
+    ),
+    (
+        "a_power_cut_loses_only_sessions_that_were_not_saved",
+        host_failures::a_power_cut_loses_only_sessions_that_were_not_saved,
+    ),
 ];
 
 /// Those that emulation does not let through to the end: two guests run busily for minutes, and QEMU loses one.

@@ -14,7 +14,7 @@ pub use outcome::{GuestOutcome, Interruption, Outcome};
 use super::show::{self, Show};
 use super::{QUIET, is_tried_again, wait_for_services};
 use crate::bed::{Node, Stage, wait_until};
-use crate::machine::{COUNTER_PORT, LEDGER_PORT, Machine, condition_message, find};
+use crate::machine::{COUNTER_PORT, LEDGER_PORT, Machine, all, condition_message, find};
 use crate::pair::{Clients, Pair};
 use crate::updates;
 
@@ -78,15 +78,19 @@ fn run(machine: &mut Machine, stage: &Stage) -> Result<Outcome> {
     run.ensure_kernel(&run.older)?;
     let pair = run.set_up()?;
 
-    let step = run.show.step("The clients outside begin: a counted line, page and ledger, every 50 ms");
+    let step = run
+        .show
+        .step("The clients outside begin: a counted line, page and ledger, every 50 ms");
     let lives = pair.lives()?;
     let mut clients = pair.watch(run.machine, "demo-host")?;
     clients.mark("quiet")?;
     std::thread::sleep(QUIET);
     step.done("");
 
-    run.show
-        .headline(&format!("Host update {} → {}, sessions go on", run.older, run.newer));
+    run.show.headline(&format!(
+        "Host update {} → {}, sessions go on",
+        run.older, run.newer
+    ));
     clients.mark("update")?;
     let began = Instant::now();
     let update = run.update()?;
@@ -155,13 +159,15 @@ impl Run<'_> {
         for guest in &pair.guests {
             wait_for_services(self.machine, &guest.address, &[80, LEDGER_PORT, COUNTER_PORT])?;
         }
-        let addresses = pair.guests.each_ref().map(|guest| format!("{} {}", guest.name, guest.address));
+        let addresses = pair
+            .guests
+            .each_ref()
+            .map(|guest| format!("{} {}", guest.name, guest.address));
         step.done(&addresses.join(", "));
 
         let step = self.show.step("Asking whether their sessions are safe here");
         let status = self.machine.status()?;
-        let host = status["items"].as_array().into_iter().flatten();
-        let host = host.clone().find(|object| object["kind"] == "Host");
+        let host = all(&status, "Host").next();
         step.done(&host.map_or("no Host is known".to_owned(), |host| {
             condition_message(host, "SessionsSafe")
         }));
@@ -251,7 +257,10 @@ mod tests {
             "      - \"/var/cache/apt/archives/linux.deb\"",
             "    kernelRelease: 6.1.0-56-cloud-amd64",
         ] {
-            assert!(text.lines().any(|there| there == line), "{line} is missing in\n{text}");
+            assert!(
+                text.lines().any(|there| there == line),
+                "{line} is missing in\n{text}"
+            );
         }
     }
 }

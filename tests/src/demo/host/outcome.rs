@@ -8,11 +8,11 @@ use serde_json::Value;
 
 use crate::client;
 use crate::counter;
+use crate::demo::GUEST;
 use crate::demo::table::{Table, ms, seconds};
 use crate::machine::{COUNTER_PORT, LEDGER_PORT};
 use crate::pair::{COUNTER, Seen};
 use crate::updates::session;
-use crate::demo::GUEST;
 
 /// Phases in which sessions may not break.
 const UNBROKEN: [&str; 3] = ["quiet", "update", "after"];
@@ -105,7 +105,12 @@ impl Outcome {
         let mut guests = Vec::new();
         for (name, report) in [COUNTER, GUEST].into_iter().zip(&seen.counts) {
             let with_page = (name == GUEST).then_some(&seen.load);
-            guests.push(GuestOutcome::new(session(update, name)?, name, report, with_page)?);
+            guests.push(GuestOutcome::new(
+                session(update, name)?,
+                name,
+                report,
+                with_page,
+            )?);
         }
         let ratio = guests
             .iter()
@@ -177,8 +182,14 @@ impl Outcome {
             "host update, all in all",
             format!("{:.0} s, guests served but for the above", self.update_seconds),
         );
-        table.row("ordinary reboot, all in all", format!("{:.0} s", self.ordinary_seconds));
-        table.row("ordinary / with sessions", format!("{:.1} times shorter", self.ratio));
+        table.row(
+            "ordinary reboot, all in all",
+            format!("{:.0} s", self.ordinary_seconds),
+        );
+        table.row(
+            "ordinary / with sessions",
+            format!("{:.1} times shorter", self.ratio),
+        );
         table.text()
     }
 }
@@ -200,7 +211,10 @@ impl GuestOutcome {
                 let seen = load?.phases.get(*phase)?;
                 Some(seen.page.interruption_ms.max(seen.ledger.interruption_ms))
             };
-            let all = phases.iter().filter_map(of_counter).chain(phases.iter().filter_map(of_load));
+            let all = phases
+                .iter()
+                .filter_map(of_counter)
+                .chain(phases.iter().filter_map(of_load));
             all.fold(0.0, f64::max)
         };
         let seen = |phase: &str| counts.phases.get(phase);
@@ -242,14 +256,23 @@ impl GuestOutcome {
         table.row("  did not run", seconds(Some(split.total_milliseconds)));
         for (name, value) in [
             ("    pause", ms(Some(split.pause_milliseconds))),
-            ("    shutdown of the host", seconds(Some(split.shutdown_milliseconds))),
-            ("    boot of the host", seconds(Some(split.host_boot_milliseconds))),
+            (
+                "    shutdown of the host",
+                seconds(Some(split.shutdown_milliseconds)),
+            ),
+            (
+                "    boot of the host",
+                seconds(Some(split.host_boot_milliseconds)),
+            ),
             ("    start of the agent", ms(Some(split.agent_start_milliseconds))),
             ("    resume", ms(Some(split.resume_milliseconds))),
         ] {
             table.row(name, value);
         }
-        table.row("  longest silence, clients", format!("{:.1} s", self.silence_ms / 1000.0));
+        table.row(
+            "  longest silence, clients",
+            format!("{:.1} s", self.silence_ms / 1000.0),
+        );
         table.row(
             "  the same, ordinary reboot",
             format!("{:.1} s", self.ordinary_silence_ms / 1000.0),
@@ -319,7 +342,12 @@ mod tests {
         assert_eq!(outcome.ratio, 2.0);
         outcome.check("old", "new").unwrap();
         let table = outcome.table();
-        for word in ["yes, 10 numbers without a gap", "80 MiB on disk", "5 acknowledged, 5 found", "2.0 times"] {
+        for word in [
+            "yes, 10 numbers without a gap",
+            "80 MiB on disk",
+            "5 acknowledged, 5 found",
+            "2.0 times",
+        ] {
             assert!(table.contains(word), "{word} is missing in\n{table}");
         }
     }
@@ -342,6 +370,9 @@ mod tests {
             "guest web did not go on in phase update",
         );
         fails(|outcome| outcome.boot_after = "1".to_owned(), "boot ID");
-        fails(|outcome| outcome.kernel_after = "old".to_owned(), "from old to old");
+        fails(
+            |outcome| outcome.kernel_after = "old".to_owned(),
+            "from old to old",
+        );
     }
 }
