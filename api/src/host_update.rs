@@ -168,7 +168,7 @@ pub struct Sessions {
     #[serde(default)]
     pub store: SessionStore,
     /// Credential provider that keeps the keys over the reboot: the name of one that the node's
-    /// configuration registers, such as `systemd-creds` or `file` (`Host` shows them). Absent: the node's
+    /// configuration registers, such as `systemd-creds` or `key-file` (`Host` shows them). Absent: the node's
     /// first. An update is refused before any guest is paused where it is missing or not able.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub credential_provider: Option<String>,

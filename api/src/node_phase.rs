@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 ///
 /// ```text
 /// Pending → Notified → Saving → Acknowledged → Rebooting → LoggingOn → Resuming → Resumed
-///                        └──── the host went down by itself ────▲
+///                        └──── the host went down by itself ────▲            │ and again
+///                                                               └────────────┘
 /// anything before the host is rebooted → Failed | Aborted: every guest runs on
 /// after it → Failed: what could not be resumed is kept, and named
 /// ```
@@ -82,7 +83,8 @@ impl NodeUpdatePhase {
     /// Phases that may follow this one directly.
     ///
     /// `Pending → Resumed` is an update whose `expect` holds already. `Saving → LoggingOn` is a host that
-    /// went down before it was told that it may: what was saved until then is resumed.
+    /// went down before it was told that it may: what was saved until then is resumed. `Resuming →
+    /// LoggingOn` is a host that went down again meanwhile.
     pub fn successors(self) -> &'static [NodeUpdatePhase] {
         use NodeUpdatePhase::*;
         match self {
@@ -92,7 +94,7 @@ impl NodeUpdatePhase {
             Acknowledged => &[Rebooting, Failed, Aborted],
             Rebooting => &[LoggingOn, Failed, Aborted],
             LoggingOn => &[Resuming],
-            Resuming => &[Resumed, Failed],
+            Resuming => &[LoggingOn, Resumed, Failed],
             Resumed | Failed | Aborted => &[],
         }
     }
@@ -125,6 +127,7 @@ mod tests {
             (Acknowledged, Rebooting),
             (Rebooting, LoggingOn),
             (LoggingOn, Resuming),
+            (Resuming, LoggingOn),
             (Resuming, Resumed),
             (Resuming, Failed),
         ];

@@ -120,6 +120,18 @@ fn the_host_learns_what_the_guest_is() {
 }
 
 #[test]
+fn a_guest_whose_clock_is_right_says_so_after_a_resume() {
+    let service = Service::start();
+    let mut control = service.control();
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let real_us = i64::try_from(since.unwrap().as_micros()).unwrap();
+    match ask(&mut control, &Request::Resumed { real_us }) {
+        Reply::Resumed(resumed) => assert_eq!(resumed.stepped_us, 0),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
 fn a_host_of_another_age_is_told_which_versions_are_spoken() {
     let service = Service::start();
     let (_, welcome) = service.hello(VERSION_MAX + 1, VERSION_MAX + 5, Purpose::Control);

@@ -87,6 +87,9 @@ struct Slow {
 
 impl Slow {
     fn look(node: &Node) -> Slow {
+        if let Some(power) = node.work.power() {
+            power.read_delay();
+        }
         Slow {
             vmm_version: vmm_version(&node.config.vmm),
             stop: Systemctl::new(Path::new("systemctl")).stop_timeout(UNIT),

@@ -17,12 +17,17 @@ use crate::node::{InFlight, Node};
 use crate::reporter::Reporter;
 use crate::store::{Key, Object};
 
-/// Takes up the operations that a former agent left, before anything else is done with their guests; and
-/// those that were suspended for a reboot of the host, once they may go on.
+/// Takes up the operations that a former agent left, before anything else is done with their guests; unless
+/// a reboot of the host holds them back, which then does so itself.
 pub fn recover(node: &Arc<Node>) {
-    if node.work.holds_operations() {
-        return;
+    if !node.work.holds_operations() {
+        take_up(node);
     }
+}
+
+/// Takes up all operations in the journal that no driver runs: those of a former agent, and those that were
+/// suspended for a reboot of the host.
+pub fn take_up(node: &Arc<Node>) {
     let records = match node.journal.load() {
         Ok(records) => records,
         Err(error) => {
@@ -98,10 +103,6 @@ fn begin(node: &Arc<Node>, reboot: &SeamlessReboot) {
     if node.work.holds_operations() {
         let message = "waits until the host, which is about to reboot, has done so";
         tell(node, reboot, Phase::Pending, reasons::HOST_UPDATING, message);
-        return;
-    }
-    if node.journal.has(&uid) {
-        // Suspended, and about to be taken up again.
         return;
     }
     let plan = match Plan::from_spec(&reboot.spec) {

@@ -78,3 +78,59 @@ fn an_operation_in_the_journal_is_taken_up_by_the_next_agent() {
         bed.node.journal.load().unwrap().is_empty().then_some(())
     });
 }
+
+#[test]
+fn a_reboot_that_has_changed_nothing_is_suspended_for_the_host_and_goes_on_afterwards() {
+    use crate::host_effects::HostWorld;
+    use crate::host_update::quiesce::Rules;
+    use crate::host_update::{self, Effects, Update};
+
+    let bed = Bed::new("#!/bin/sh\nexit 1\n");
+    bed.disk("web.img");
+    bed.apply(&Bed::guest_manifest("web", "web.img"));
+    bed.apply(&Bed::reboot_manifest("kernel", "web"));
+    // The guest does not run, so it waits in its preflight.
+    wait_for(&bed, "kernel", reasons::PREFLIGHT_FAILED);
+
+    let spec = understudy_api::NodeUpdateSpec {
+        node_name: "alpha".into(),
+        origin: understudy_api::node_update::Origin::Host,
+        host_update: None,
+        reason: None,
+        update: None,
+        expect: None,
+        reboot: Default::default(),
+        sessions: Default::default(),
+    };
+    let plan = host_update::Plan::from_spec(&spec).unwrap();
+    let mut update = Update::new("uid".into(), "host-1".into(), plan, host::moment());
+    update.step = host_update::Step::Quiesce;
+    let mut world = HostWorld::new(bed.node.clone(), host::moment(), &update);
+    let rules = Rules {
+        is_urgent: true,
+        waited: 0,
+    };
+    bed.wait("the operation to stop", |_| {
+        let in_flight = world.quiesce_operations(&update, &rules).unwrap();
+        in_flight.is_empty().then_some(())
+    });
+    assert!(bed.node.work.holds_all_guests());
+    // Another one waits for the host.
+    bed.disk("db.img");
+    bed.apply(&Bed::guest_manifest("db", "db.img"));
+    bed.apply(&Bed::reboot_manifest("other", "db"));
+    wait_for(&bed, "other", reasons::HOST_UPDATING);
+    assert!(bed.node.all_in_flight().is_empty());
+
+    update.step = host_update::Step::Release;
+    bed.node.work.put(&update);
+    world.release_operations(&update).unwrap();
+    update.step = host_update::Step::Done;
+    bed.node.work.put(&update);
+    let guest = Key::new("default", "web");
+    bed.wait("the operation to go on", |bed| {
+        pass(&bed.node);
+        bed.node.in_flight(&guest)
+    });
+    wait_for(&bed, "other", reasons::PREFLIGHT_FAILED);
+}

@@ -164,8 +164,9 @@ fn a_file_is_read_in_one_sitting() {
 }
 
 #[test]
-fn the_engine_knows_no_kubernetes_client_no_process_and_no_socket() {
-    for file in rust_files(&root().join("node-agent/src/handover")) {
+fn the_engines_know_no_kubernetes_client_no_process_and_no_socket() {
+    let engines = ["node-agent/src/handover", "node-agent/src/host_update"];
+    for file in engines.iter().flat_map(|engine| rust_files(&root().join(engine))) {
         let text = fs::read_to_string(&file).expect("readable");
         for word in [
             "kube::",

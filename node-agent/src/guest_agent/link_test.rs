@@ -30,7 +30,14 @@ struct Guest {
 }
 
 impl Guest {
-    fn new(mut script: impl FnMut(u32, &Request, &mut UnixStream) -> bool + Send + 'static) -> Guest {
+    fn new(script: impl FnMut(u32, &Request, &mut UnixStream) -> bool + Send + 'static) -> Guest {
+        Guest::of_version(1, script)
+    }
+
+    fn of_version(
+        version: u32,
+        mut script: impl FnMut(u32, &Request, &mut UnixStream) -> bool + Send + 'static,
+    ) -> Guest {
         let dir = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(dir.path().join("vsock")).unwrap();
         std::thread::spawn(move || {
@@ -44,7 +51,7 @@ impl Guest {
                 stream.write_all(b"OK 1073741824\n").unwrap();
                 let _: Hello = read_frame(&mut stream).unwrap();
                 let welcome = Welcome::Accepted {
-                    version: 1,
+                    version,
                     agent: "test".into(),
                 };
                 write_frame(&mut stream, &welcome).unwrap();
@@ -145,6 +152,40 @@ fn notices_are_heard_and_refusals_quoted() {
     assert!(error.to_string().contains("already capturing"));
     link.reboot_answered("r1");
     assert_eq!(link.heard().reboot_requested, None);
+}
+
+#[test]
+fn a_resumed_guest_is_told_the_hosts_time() {
+    let guest = Guest::of_version(RESUMED_VERSION, |_, request, stream| match request {
+        Request::Describe => reply(stream, &Reply::Description(Box::new(description("b")))),
+        Request::Resumed { real_us } => {
+            let off = (crate::host::moment().unix_us - real_us).abs();
+            reply(
+                stream,
+                &Reply::Resumed(Resumed {
+                    stepped_us: i64::from(off > 60_000_000),
+                    announced: 2,
+                }),
+            )
+        }
+        _ => false,
+    });
+    let link = guest.link();
+    link.wait(LONG, |heard| heard.connected);
+    let told = link.resumed(LONG).unwrap();
+    assert_eq!((told.stepped_us, told.announced), (0, 2));
+}
+
+#[test]
+fn a_guest_agent_that_is_too_old_to_be_told_of_a_resume_is_not_asked() {
+    let guest = Guest::of_version(1, |_, request, stream| match request {
+        Request::Describe => reply(stream, &Reply::Description(Box::new(description("b")))),
+        _ => false,
+    });
+    let link = guest.link();
+    link.wait(LONG, |heard| heard.connected);
+    assert!(matches!(link.resumed(LONG), Err(LinkError::TooOld(1))));
+    assert!(link.heard().connected, "its session goes on");
 }
 
 #[test]

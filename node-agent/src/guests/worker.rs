@@ -18,7 +18,7 @@ use super::maintenance::{Maintenance, end_process};
 use super::resolve::{Resolved, resolve};
 use super::status::{self, Seen, reasons};
 use super::{requests, resolve::SpecError};
-use crate::guest_agent::{Heard, LinkError};
+use crate::guest_agent::{Heard, Link, LinkError};
 use crate::host;
 use crate::network::remove_tap;
 use crate::node::Node;
@@ -69,6 +69,7 @@ struct Worker {
     described: Option<Instant>,
     told: Option<(GuestPhase, String)>,
     told_resumed: Option<Uuid>,
+    to_describe: Option<Arc<Link>>,
 }
 
 impl Worker {
@@ -84,6 +85,7 @@ impl Worker {
             described: None,
             told: None,
             told_resumed: None,
+            to_describe: None,
         }
     }
 
@@ -93,16 +95,29 @@ impl Worker {
             match self.node.objects.guest(&self.key) {
                 Ok(Some(guest)) => {
                     let turn = self.node.turn(&self.key);
-                    let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
+                    let held = turn.lock().unwrap_or_else(PoisonError::into_inner);
                     if self.pass(&guest) {
                         return;
                     }
+                    drop(held);
+                    self.describe();
                 }
                 Ok(None) => return,
                 Err(error) => tracing::error!(guest = %self.key, %error, "the guest is left alone"),
             }
             std::thread::sleep(REST);
             seen = self.node.objects.wait(seen, TICK);
+        }
+    }
+
+    /// Has the guest describe itself, where that is due: outside of its turn, so that an agent that hangs
+    /// holds up no operation and no reboot of the host.
+    fn describe(&mut self) {
+        let Some(link) = self.to_describe.take() else {
+            return;
+        };
+        if let Err(error) = link.describe(DESCRIBE_LIMIT) {
+            tracing::debug!(guest = %self.key, %error, "the guest did not describe itself");
         }
     }
 
@@ -308,9 +323,7 @@ impl Worker {
             let due = self.described.is_none_or(|then| then.elapsed() >= DESCRIBE);
             if due && !busy {
                 self.described = Some(Instant::now());
-                if let Err(error) = link.describe(DESCRIBE_LIMIT) {
-                    tracing::debug!(guest = %self.key, %error, "the guest did not describe itself");
-                }
+                self.to_describe = Some(link.clone());
             }
             requests::pass(&self.node, guest, &link);
         }

@@ -20,4 +20,4 @@ pub use plan::Plan;
 pub use record::{Moment, Operation, Step, Verdict};
 
 #[cfg(test)]
-mod sim;
+pub(crate) mod sim;

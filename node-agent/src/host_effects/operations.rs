@@ -72,8 +72,8 @@ impl HostWorld {
         {
             power.let_go();
         }
-        // Those that were suspended go on from the journal.
-        operations::recover(&self.node);
+        // Those that were suspended go on from the journal, before any other may begin.
+        operations::take_up(&self.node);
         self.node.objects.wake();
     }
 }

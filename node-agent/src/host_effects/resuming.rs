@@ -8,7 +8,7 @@ use crate::host_update::effects::{CheckpointFacts, Resumption, Settling};
 use crate::host_update::{EffectError, Effected, ErrorKind, Session};
 use crate::moment::Moment;
 use crate::node::Node;
-use crate::sessions::{self, Record, ResumeError, SessionError, Standing};
+use crate::sessions::{self, Life, Record, ResumeError, SessionError, Standing};
 use crate::store::{Key, Object};
 
 /// Whether nobody wants a session any more: its Guest was deleted, or is another one of the same name, or
@@ -34,23 +34,25 @@ pub fn is_unwanted(node: &Node, session: &Session) -> Effected<bool> {
 impl HostWorld {
     pub(super) fn do_inspect_checkpoint(&mut self, session: &Session) -> Effected<CheckpointFacts> {
         let record = self.record(session)?;
-        let lives_on = record
-            .as_ref()
-            .map(|record| record.lives_on(&self.node.instances));
-        if lives_on != Some(Some(true)) && is_unwanted(&self.node, session)? {
+        let life = record.as_ref().map(|record| record.life(&self.node.instances));
+        match life {
+            Some(Life::GoesOn) => return Ok(CheckpointFacts::Running),
+            Some(Life::Silent) => {
+                let message = format!("the VMM of {} does not answer", session.guest);
+                return Err(EffectError::new(ErrorKind::Retry, message));
+            }
+            Some(Life::Otherwise) => return Ok(CheckpointFacts::Unwanted),
+            Some(Life::Ended) | None => {}
+        }
+        // Of another incarnation: it was booted anew.
+        let guest = self.guest(session)?;
+        let runs = guest.and_then(|guest| sessions::running(&self.node, &guest));
+        if runs.is_some() || is_unwanted(&self.node, session)? {
             return Ok(CheckpointFacts::Unwanted);
         }
         let Some(record) = record else {
             return Ok(CheckpointFacts::Missing);
         };
-        match lives_on {
-            Some(Some(true)) => return Ok(CheckpointFacts::Running),
-            Some(Some(false)) => {}
-            _ => {
-                let message = format!("the VMM of {} does not answer", session.guest);
-                return Err(EffectError::new(ErrorKind::Retry, message));
-            }
-        }
         let standing = self
             .node
             .sessions

@@ -9,6 +9,8 @@ use super::record::{Update, Verdict};
 
 /// Pause between two tries to look at the host, in microseconds.
 const HOST_LOOK: i64 = 500_000;
+/// Pause between two tries to write a record that is waited for, in microseconds.
+const JOURNAL_LOOK: i64 = 5_000_000;
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq)]
@@ -69,10 +71,13 @@ pub fn run(
                 if effects.must_stop() {
                     return Run::Stopped(update);
                 }
-                if action.is_recorded()
-                    && !record(&update, &mut on_disk, journal, report)
-                    && action.needs_record()
-                {
+                let is_recorded = !action.is_recorded() || record(&update, &mut on_disk, journal, report);
+                if !is_recorded && action.waits_for_record(&update) {
+                    report.progress(&update);
+                    effects.wait(now.plus(JOURNAL_LOOK));
+                    continue;
+                }
+                if !is_recorded && action.needs_record() {
                     let message = "the journal could not be written; see the node agent's log";
                     let verdict = Verdict::failed(reasons::STEP_FAILED, message);
                     machine::begin_undo(&mut update, verdict, now);

@@ -153,7 +153,8 @@ pub enum CheckpointFacts {
     Consumed,
     /// A VMM that came from it runs, in this boot.
     Running,
-    /// The Guest was deleted, or is another one of the same name: nobody wants the session any more.
+    /// The guest goes on without it: a VMM of it runs that did not come from it, or the session was given up
+    /// by a user, or the Guest was deleted.
     Unwanted,
 }
 

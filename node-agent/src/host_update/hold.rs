@@ -48,7 +48,8 @@ pub fn hold(update: &Update, uid: &str) -> Option<Hold> {
                 GuestPhase::Saved,
                 reason,
                 say(&format!(
-                    "its session is saved and was not resumed: {message}; the node agent tries again when it is restarted; to give the session up, delete the Guest and apply it anew"
+                    "its session is saved and was not resumed: {message}; the node agent tries again when it is restarted; to give the session up and boot the guest anew: understudy-node discard-session {}",
+                    session.guest
                 )),
             )
         }

@@ -89,6 +89,13 @@ impl Action {
         )
     }
 
+    /// Whether it waits until a record can be written. What is destroyed after the reboot is not there to be
+    /// found again: a record that still asks for it would call it missing. (In an undo guests run, and a full
+    /// disk may need the room.)
+    pub fn waits_for_record(self, update: &Update) -> bool {
+        matches!(self, Action::Destroy(_)) && update.step == Step::Settle
+    }
+
     /// Whether the record is written before it, where that can be done.
     pub fn is_recorded(self) -> bool {
         !matches!(
@@ -562,3 +569,7 @@ pub(super) fn is_decided(state: SessionState) -> bool {
         SessionState::RunsOn | SessionState::Resumed | SessionState::Kept | SessionState::Lost
     )
 }
+
+#[cfg(test)]
+#[path = "machine_test.rs"]
+mod tests;

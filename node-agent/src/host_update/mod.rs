@@ -22,3 +22,6 @@ pub use driver::{Run, run};
 pub use effects::{EffectError, Effected, Effects, ErrorKind, Report};
 pub use plan::Plan;
 pub use record::{Session, Step, Update, Verdict};
+
+#[cfg(test)]
+mod sim;

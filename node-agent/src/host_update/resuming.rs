@@ -245,7 +245,10 @@ fn succeeded(update: &mut Update, action: Action, index: usize, outcome: Outcome
                 session,
                 "it went on after an earlier reboot, and ended before this one",
             ),
-            CheckpointFacts::Unwanted => Update::lost(session, "its Guest was deleted"),
+            CheckpointFacts::Unwanted => {
+                session.reason = None;
+                Update::lost(session, "the guest goes on without it");
+            }
         },
         (Action::ObtainKey(_), _) => session.has_key = true,
         (Action::Resume(_), Outcome::Resumption(Resumption::Runs { first_instruction })) => {

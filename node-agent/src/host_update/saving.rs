@@ -147,7 +147,10 @@ pub(super) fn advance(update: &mut Update, now: Moment) {
             if update.sessions.iter().all(is_done) && update.sessions.iter().all(is_verified) {
                 update.verified_at = Some(now);
                 // Recorded before its effect: this is the acknowledgement.
-                update.enter(NodeUpdatePhase::Acknowledged, now);
+                // (A host that thought better of it, after it was acknowledged, is told once more.)
+                if update.phase() != NodeUpdatePhase::Rebooting {
+                    update.enter(NodeUpdatePhase::Acknowledged, now);
+                }
                 update.acknowledged = true;
                 update.step = Step::Acknowledge;
             }

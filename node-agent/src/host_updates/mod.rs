@@ -22,6 +22,9 @@ use crate::store::Object;
 use assign::{Seen, Want, want};
 use driver::start;
 
+/// NodeUpdates that stay of reboots which the host began.
+const KEPT_OF_HOST: usize = 10;
+
 /// Looks after all host updates of this node.
 pub struct HostUpdates {
     node: Arc<Node>,
@@ -285,9 +288,10 @@ impl HostUpdates {
             .collect();
         let owner = |pass: &NodeUpdate| pass.spec.host_update.as_ref().map(|owner| owner.uid.clone());
         let mut busy: Vec<String> = Vec::new();
+        let outdated = outdated(&passes);
         for pass in &passes {
             let owned = owner(pass).filter(|uid| of_deleted.contains(uid));
-            if !pass.is_deleting() && owned.is_none() {
+            if !pass.is_deleting() && owned.is_none() && !outdated.contains(&pass.uid()) {
                 continue;
             }
             if is_known(pass) || !phase(pass).is_terminal() {
@@ -309,6 +313,23 @@ impl HostUpdates {
             }
         }
     }
+}
+
+/// UIDs of those that hosts began which nobody looks at any more: all but the newest.
+fn outdated(updates: &[NodeUpdate]) -> Vec<String> {
+    let mut of_hosts: Vec<&NodeUpdate> = updates
+        .iter()
+        .filter(|update| update.spec.origin == Origin::Host && phase(update).is_terminal())
+        .collect();
+    of_hosts.sort_by_key(|update| {
+        let created = update.metadata.creation_timestamp.as_ref().map(|time| time.0);
+        std::cmp::Reverse((created, update.key()))
+    });
+    of_hosts
+        .iter()
+        .skip(KEPT_OF_HOST)
+        .map(|update| update.uid())
+        .collect()
 }
 
 fn phase(update: &NodeUpdate) -> NodeUpdatePhase {

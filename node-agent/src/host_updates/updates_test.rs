@@ -40,6 +40,8 @@ fn serve(instance: &Instance, fails: bool) -> (FakeVmm, Arc<Mutex<Vm>>) {
                 let mut info = FakeVmm::info(json!({"state": vm.state}));
                 if let Some(resumed) = &vm.resumed {
                     info["resume"] = resumed.clone();
+                    // Before it is started nobody has its process ID.
+                    info["pid"] = json!(u32::MAX);
                 }
                 return (200, info);
             }
@@ -99,6 +101,7 @@ fn pass_until(
     mut when: impl FnMut(&NodeUpdate) -> bool,
 ) -> NodeUpdate {
     let deadline = Instant::now() + Duration::from_secs(120);
+    let mut seen = 0;
     loop {
         updates.pass();
         let all = bed.store.list::<NodeUpdate>();
@@ -112,7 +115,7 @@ fn pass_until(
             .pop()
             .and_then(|update| update.status);
         assert!(Instant::now() < deadline, "gave up waiting for {what}: {now:?}");
-        bed.store.wait(u64::MAX, Duration::from_millis(50));
+        seen = bed.store.wait(seen, Duration::from_millis(50));
     }
 }
 
@@ -131,6 +134,9 @@ fn reboot(bed: &Bed, instance: &Instance, boot_id: &str) -> Arc<Node> {
     instance.process = Some(gone);
     bed.node.instances.put(&instance).unwrap();
     bed.node.stop();
+    bed.wait("the driver to end", |bed| {
+        (!bed.node.work.is_busy()).then_some(())
+    });
     let identity = HostIdentity {
         boot_id: boot_id.to_owned(),
         ..HostIdentity::read()
@@ -369,4 +375,29 @@ fn a_kept_session_is_not_booted_past_until_the_user_discards_it() {
     let message = bed.ready_message("web", "StartFailed");
     assert!(message.contains("booted anew"), "{message}");
     node.stop();
+}
+
+#[test]
+fn of_reboots_that_the_host_began_the_newest_stay() {
+    let updates: Vec<NodeUpdate> = (0..KEPT_OF_HOST + 3)
+        .map(|number| {
+            let mut update = assign::of_host("alpha", "boot", number, "reboot");
+            update.metadata.uid = Some(number.to_string());
+            let created = Timestamp::from_second(i64::try_from(number).unwrap()).unwrap();
+            update.metadata.creation_timestamp = Some(understudy_api::Time(created));
+            // The oldest has not come to its end.
+            let phase = match number {
+                0 => NodeUpdatePhase::Resuming,
+                _ => NodeUpdatePhase::Resumed,
+            };
+            update.status = Some(understudy_api::NodeUpdateStatus {
+                phase: Some(phase),
+                ..Default::default()
+            });
+            update
+        })
+        .collect();
+    let mut gone = outdated(&updates);
+    gone.sort();
+    assert_eq!(gone, ["1", "2"]);
 }

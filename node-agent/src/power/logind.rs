@@ -47,7 +47,10 @@ pub struct Logind {
 }
 
 fn failed(action: &'static str) -> impl Fn(zbus::Error) -> PowerError {
-    move |source| PowerError::Logind { action, source }
+    move |source| PowerError::Logind {
+        action,
+        source: Box::new(source),
+    }
 }
 
 impl Logind {

@@ -64,7 +64,7 @@ pub enum PowerError {
         /// What was tried.
         action: &'static str,
         /// Why it failed.
-        source: zbus::Error,
+        source: Box<zbus::Error>,
     },
     /// No thread.
     #[error("no thread to hear logind: {0}")]

@@ -76,6 +76,8 @@ struct Seen {
 struct FakeLogind {
     seen: Seen,
     preparing: bool,
+    /// Grows with each look, as if somebody had written a drop-in in between.
+    delay: Mutex<u64>,
 }
 
 #[zbus::interface(name = "org.freedesktop.login1.Manager")]
@@ -93,7 +95,9 @@ impl FakeLogind {
 
     #[zbus(property, name = "InhibitDelayMaxUSec")]
     fn inhibit_delay_max(&self) -> u64 {
-        7_000_000
+        let mut delay = self.delay.lock().unwrap();
+        *delay += 7_000_000;
+        *delay
     }
 
     #[zbus(property)]
@@ -117,6 +121,7 @@ fn logind(bus: &Bus, preparing: bool) -> (Connection, Seen) {
     let fake = FakeLogind {
         seen: seen.clone(),
         preparing,
+        delay: Mutex::default(),
     };
     let connection = Builder::address(bus.address.as_str())
         .unwrap()
@@ -157,6 +162,8 @@ fn the_inhibitor_is_held_until_it_is_let_go_of_and_the_effective_delay_is_read()
     assert_eq!(state.delay, Some(Duration::from_secs(7)));
     assert_eq!(state.going_down, None);
     assert_eq!(*seen.asked.lock().unwrap(), ["shutdown delay"]);
+    power.read_delay();
+    assert_eq!(power.state().delay, Some(Duration::from_secs(14)));
 
     power.let_go();
     assert!(!power.state().held);

@@ -132,6 +132,14 @@ impl Power {
         }
     }
 
+    /// Reads again how long logind waits: its configuration may have been changed, and it tells nobody.
+    pub fn read_delay(&self) {
+        let logind = self.shared.state().logind.clone();
+        if let Some(Ok(delay)) = logind.map(|logind| logind.delay()) {
+            self.shared.state().delay = Some(delay);
+        }
+    }
+
     /// Whether logind has begun to take the host down, asked now; `None` where it cannot be asked.
     pub fn is_going_down(&self) -> Option<bool> {
         let logind = self.shared.state().logind.clone()?;

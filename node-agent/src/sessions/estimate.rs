@@ -10,8 +10,8 @@ use crate::vmm::Instance;
 
 /// Beside memory a checkpoint holds devices, an index and a manifest: little, and this is more.
 const OVERHEAD: u64 = 4 << 20;
-/// Of the space: memory that is dirtied while it is written is written again.
-const AGAIN_PERCENT: u64 = 25;
+/// One part in so many of memory: what is dirtied while it is written is written again.
+const AGAIN: u64 = 4;
 /// Space that is left to others.
 pub(super) const SPARE: u64 = 64 << 20;
 /// Bytes from which on a save says something of the disk's throughput.
@@ -50,7 +50,7 @@ pub fn memory_bytes(instance: &Instance) -> Option<u64> {
 
 /// Space for one session that a save may need, in bytes.
 pub fn space_bytes(memory: u64) -> u64 {
-    memory + memory * AGAIN_PERCENT / 100 + OVERHEAD
+    memory + memory / AGAIN + OVERHEAD
 }
 
 fn reckon(memory: &[u64], bytes_per_second: u64) -> Estimate {

@@ -23,7 +23,7 @@ use crate::node::Node;
 use crate::vmm::Instances;
 
 pub use estimate::{Estimate, estimate, memory_bytes, remember_rate};
-pub use record::{Record, Records, Standing};
+pub use record::{Life, Record, Records, Standing};
 pub use resume::{ResumeError, Resumed, obtain_key, resume};
 pub use save::{Cancelled, cancel, check_space, keep, register_key, running, save};
 
@@ -153,7 +153,7 @@ impl Sessions {
                 }
             }
         }
-        self.keys.sweep(|checkpoint| is_known(checkpoint));
+        self.keys.sweep(is_known);
     }
 }
 

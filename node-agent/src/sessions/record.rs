@@ -6,7 +6,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use understudy_vmm_control::api::VmInfo;
 use understudy_vmm_control::config::VmConfig;
 use understudy_vmm_control::session::{CONSUMED, MANIFEST};
 use uuid::Uuid;
@@ -48,22 +47,33 @@ impl Record {
             .unwrap_or_else(|| self.instance.clone())
     }
 
-    /// Whether a VMM that goes on from this checkpoint runs; `None` where one runs and does not answer.
-    pub fn lives_on(&self, instances: &Instances) -> Option<bool> {
+    /// What the session's VMM does now.
+    pub fn life(&self, instances: &Instances) -> Life {
         let vmm = self.vmm(instances);
         if !vmm.is_alive() {
-            return Some(false);
+            return Life::Ended;
         }
-        let info = vmm.client().info().ok()?;
-        Some(is_from(&info, self.identity.checkpoint))
+        match vmm.client().info() {
+            Ok(info) => match info.resume {
+                Some(resume) if resume.checkpoint == self.identity.checkpoint => Life::GoesOn,
+                _ => Life::Otherwise,
+            },
+            Err(_) => Life::Silent,
+        }
     }
 }
 
-/// Whether a VMM goes on from this checkpoint.
-fn is_from(info: &VmInfo, checkpoint: Uuid) -> bool {
-    info.resume
-        .as_ref()
-        .is_some_and(|resume| resume.checkpoint == checkpoint)
+/// What the VMM of a session does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Life {
+    /// It has ended.
+    Ended,
+    /// It runs, and goes on from the checkpoint.
+    GoesOn,
+    /// It runs, and not from the checkpoint: it has not ended since the save, or the guest was reset since.
+    Otherwise,
+    /// It runs, and does not answer.
+    Silent,
 }
 
 /// What the files of a checkpoint say, whatever the record thinks.

@@ -141,7 +141,7 @@ fn a_save_that_was_taken_back_is_void_and_nothing_is_left_of_it() {
 fn space_for_all_sessions_is_looked_for_and_what_is_missing_is_told() {
     let bed = Bed::new("#!/bin/sh\nexit 1\n");
     let sessions = &bed.node.sessions;
-    let problems = check_space(sessions, &[1 << 20, 1 << 60, 1 << 20]).unwrap();
+    let problems = check_space(sessions, &[1 << 20, 1 << 50, 1 << 20]).unwrap();
     assert_eq!(problems[0], None);
     let problem = problems[1].as_ref().unwrap();
     assert!(
@@ -202,7 +202,8 @@ fn a_session_goes_on_in_a_vmm_that_gets_its_checkpoint_and_key_and_its_own_machi
     let checkpoint = record.identity.checkpoint;
     let _vmm = FakeVmm::serve(&instance.control, move |_, _| {
         let resume = json!({"checkpoint": checkpoint, "pendingBytes": 4096, "startUs": 5000, "error": null});
-        (200, FakeVmm::info(json!({"resume": resume})))
+        // Before it is started nobody has its process ID.
+        (200, FakeVmm::info(json!({"resume": resume, "pid": u32::MAX})))
     });
     let before = crate::host::moment().unix_us;
     let resumed = resume(node, &guest, checkpoint).unwrap();
@@ -223,7 +224,7 @@ fn a_session_goes_on_in_a_vmm_that_gets_its_checkpoint_and_key_and_its_own_machi
     // Found again by an agent that knows nothing of it.
     let again = resume(node, &guest, checkpoint).unwrap();
     assert_eq!(again.info, resumed.info);
-    assert_eq!(record.lives_on(&node.instances), Some(true));
+    assert_eq!(record.life(&node.instances), Life::GoesOn);
     let process = record.vmm(&node.instances).process().unwrap();
     assert!(process.kill(Duration::from_secs(60)));
 }

@@ -16,7 +16,7 @@ mod agent;
 mod crashes;
 mod machines;
 mod mutations;
-mod rng;
+pub(crate) mod rng;
 mod scenario;
 mod stories;
 mod world;
