@@ -1,9 +1,10 @@
 #!/bin/bash
 # Builds the images of the test bed and says where they are: a stock Debian 12 guest and a node, both
-# on the older of two kernels, with the newer one's package at hand. What has not changed is not built
-# again; a kill leaves no half image, since everything gets its name last.
+# on the older of two kernels, with the newer one's package at hand, and the QEMU that nodes run in.
+# What has not changed is not built again; a kill leaves no half image, since everything gets its name
+# last.
 #
-#   images.sh [--bin DIR] [--out FILE] [node|guest-base|guest ...]     (default: all)
+#   images.sh [--bin DIR] [--out FILE] [qemu|node|guest-base|guest ...]     (default: all)
 #
 #   --bin DIR    where understudy-guest, understudy-ledger and understudy-counter (static) are; what is
 #                not there the guest image lacks
@@ -19,12 +20,12 @@ while (($#)); do
     case $1 in
     --bin) BIN=$2 && shift 2 ;;
     --out) OUT=$2 && shift 2 ;;
-    node | guest-base | guest) WANTED+=("$1") && shift ;;
+    qemu | node | guest-base | guest) WANTED+=("$1") && shift ;;
     -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0" && exit 0 ;;
-    *) die "images.sh: unknown argument '$1'" "known are --bin DIR, --out FILE, node, guest-base, guest" ;;
+    *) die "images.sh: unknown argument '$1'" "known are --bin DIR, --out FILE, qemu, node, guest-base, guest" ;;
     esac
 done
-((${#WANTED[@]})) || WANTED=(node guest-base guest)
+((${#WANTED[@]})) || WANTED=(qemu node guest-base guest)
 require_root images
 
 CACHE=$(cache_dir)
@@ -63,7 +64,7 @@ find_kernels() {
 offered() {
     local kernels memo
     memo=$CACHE/offered-$({
-        echo "$GUEST_PACKAGES,$NODE_PACKAGES"
+        echo "$GUEST_PACKAGES,$NODE_PACKAGES,qemu-system-x86"
         stat -c '%n %Y %s' /var/lib/apt/lists/* /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null || true
     } | sha256sum | cut -c1-16)
     if [[ ! -f $memo ]]; then
@@ -73,7 +74,7 @@ offered() {
         {
             printf '%s\n' "${kernels[@]}"
             # shellcheck disable=SC2046
-            apt-cache show --no-all-versions "${kernels[@]}" $(echo "$GUEST_PACKAGES,$NODE_PACKAGES" | tr , ' ') \
+            apt-cache show --no-all-versions "${kernels[@]}" qemu-system-x86 $(echo "$GUEST_PACKAGES,$NODE_PACKAGES" | tr , ' ') \
                 | grep -E '^(Package|Version):' | paste - -
         } >"$memo.tmp"
         mv "$memo.tmp" "$memo"
@@ -88,6 +89,8 @@ fi
 [[ -n $OFFERED ]] || die "there are no two packages linux-image-6.1.0-NN-cloud-amd64 to choose from" \
     "the package sources of this machine must be those of Debian 12 ($SUITE, $SUITE-updates, $SUITE-security)"
 OLDER=$(sed -n 1p <<<"$OFFERED") NEWER=$(sed -n 2p <<<"$OFFERED")
+# Of the source package: a rebuild (+bN) has none of its own.
+QEMU_VERSION=$(awk '$2 == "qemu-system-x86" { sub(/\+b[0-9]+$/, "", $4); print $4; exit }' <<<"$OFFERED")
 
 # --- how it is made ----------------------------------------------------------------------------
 
@@ -193,6 +196,11 @@ build_base() {
     mv "$tmp" "$BASE"
 }
 
+build_qemu() {
+    "$BED_DIR/qemu/build.sh" "$QEMU_VERSION" "$QEMU.tmp"
+    mv "$QEMU.tmp" "$QEMU"
+}
+
 # The cheap step, repeated whenever agent or ledger change.
 build_guest() {
     local tmp=$GUEST.tmp
@@ -218,6 +226,7 @@ key_of() {
 }
 NODE_KEY=$(key_of "$NODE_PACKAGES,$OLDER,$NEWER" "$BED_DIR/common" "$BED_DIR/node" "$CACHE/ssh/id_ed25519.pub")
 BASE_KEY=$(key_of "$GUEST_PACKAGES,$OLDER,$NEWER" "$BED_DIR/common" "$BED_DIR/guest" "$CACHE/ssh/id_ed25519.pub")
+QEMU_KEY=$({ echo "$QEMU_VERSION" && hash_of "$BED_DIR/qemu"; } | sha256sum | cut -c1-12)
 GUEST_INPUTS=("$BED_DIR/guest-install.sh")
 GUEST_BINARIES=()
 for name in understudy-guest understudy-ledger understudy-counter; do
@@ -228,12 +237,17 @@ for name in understudy-guest understudy-ledger understudy-counter; do
 done
 GUEST_KEY=$({ echo "$BASE_KEY" && hash_of "${GUEST_INPUTS[@]}" && declare -f build_guest; } | sha256sum | cut -c1-12)
 
-NODE=$CACHE/node-$NODE_KEY BASE=$CACHE/guest-base-$BASE_KEY GUEST=$CACHE/guest-$GUEST_KEY
+QEMU=$CACHE/qemu-$QEMU_KEY NODE=$CACHE/node-$NODE_KEY BASE=$CACHE/guest-base-$BASE_KEY GUEST=$CACHE/guest-$GUEST_KEY
 
 wanted() { [[ " ${WANTED[*]} " == *" $1 "* ]]; }
 
-# Node and guest base have nothing to do with each other: one core each.
+# They have nothing to do with each other, and images wait for downloads and disks.
 pids=()
+if wanted qemu && [[ ! -d $QEMU ]]; then
+    say "  QEMU: from Debian's source, with our patches; once, some minutes"
+    step QEMU build_qemu &
+    pids+=($!)
+fi
 if { wanted node && [[ ! -d $NODE ]]; } || { { wanted guest-base || wanted guest; } && [[ ! -d $BASE ]]; }; then
     step "newer kernel" fetch_newer
 fi
@@ -259,7 +273,8 @@ prune() { # NAME KEEP
     find "$CACHE" -maxdepth 1 -type d -name "$1-????????????" -printf '%T@ %p\n' | sort -rn \
         | tail -n +"$(($2 + 1))" | cut -d ' ' -f 2- | xargs -r rm -rf
 }
-for dir in "$NODE" "$BASE" "$GUEST"; do if [[ -d $dir ]]; then touch "$dir"; fi; done
+for dir in "$QEMU" "$NODE" "$BASE" "$GUEST"; do if [[ -d $dir ]]; then touch "$dir"; fi; done
+prune qemu 2
 prune node 3
 prune guest-base 3
 prune guest 8
@@ -267,9 +282,9 @@ prune guest 8
 if [[ -n $OUT ]]; then
     mkdir -p "$(dirname "$OUT")"
     package=/var/cache/apt/archives/$(basename "$(newer_package)")
-    jq -n --arg cache "$CACHE" --arg node "$NODE" --arg base "$BASE" --arg guest "$GUEST" \
+    jq -n --arg cache "$CACHE" --arg qemu "$QEMU/qemu-system-x86_64" --arg node "$NODE" --arg base "$BASE" --arg guest "$GUEST" \
         --arg older "${OLDER#linux-image-}" --arg newer "${NEWER#linux-image-}" --arg package "$package" \
-        '{cache: $cache, node: $node, guestBase: $base, guest: $guest,
+        '{cache: $cache, qemu: $qemu, node: $node, guestBase: $base, guest: $guest,
           olderKernel: $older, newerKernel: $newer, newerPackage: $package}' >"$OUT.tmp"
     mv "$OUT.tmp" "$OUT"
 fi

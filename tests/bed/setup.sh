@@ -7,8 +7,17 @@ source "$(dirname "$0")/lib.sh"
 
 # command (or file) : package that brings it
 NEEDED="
-qemu-system-x86_64:qemu-system-x86
-qemu-img:qemu-utils
+ninja:ninja-build
+meson:meson
+pkg-config:pkg-config
+patch:patch
+dpkg-source:dpkg-dev
+/usr/include/glib-2.0/glib.h:libglib2.0-dev
+/usr/include/pixman-1/pixman.h:libpixman-1-dev
+/usr/include/libfdt.h:libfdt-dev
+/usr/share/seabios/bios-256k.bin:seabios
+/usr/share/qemu/kvmvapic.bin:qemu-system-data
+/usr/lib/ipxe/qemu/efi-virtio.rom:ipxe-qemu
 mmdebstrap:mmdebstrap
 mke2fs:e2fsprogs
 dnsmasq:dnsmasq-base

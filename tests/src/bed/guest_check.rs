@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::netns::run;
+use super::node::FIRMWARE;
 use super::{Images, NetNs, cache_dir, wait_until};
 
 const MAC: &str = "52:54:00:77:00:99";
@@ -48,7 +49,8 @@ pub fn check_guest(images: &Images) -> Result<()> {
         )
     };
     let child = netns
-        .command("qemu-system-x86_64")
+        .command(&images.qemu)
+        .args(FIRMWARE)
         .args([
             "-accel",
             "tcg,thread=multi,tb-size=128",

@@ -14,6 +14,8 @@ use super::repository;
 pub struct Images {
     /// The cache that holds them.
     pub cache: PathBuf,
+    /// The QEMU that nodes run in.
+    pub qemu: PathBuf,
     /// Directory of the node image: `root.ext4`.
     pub node: PathBuf,
     /// Directory of the guest image before our programs are put in; the same files.
@@ -30,7 +32,8 @@ pub struct Images {
 
 impl Images {
     /// Builds what is missing or outdated and says where everything is. `binaries` is a directory
-    /// with the static programs that go into the guest image; what it lacks the image lacks. `only` limits the work to `node`, `guest-base` or `guest`; empty means all.
+    /// with the static programs that go into the guest image; what it lacks the image lacks. `only` limits
+    /// the work to `qemu`, `node`, `guest-base` or `guest`; empty means all.
     pub fn build(binaries: &Path, only: &[&str]) -> Result<Self> {
         let script = repository().join("tests/bed/images.sh");
         let out = repository().join("target/bed/images.json");

@@ -20,6 +20,18 @@ const POLL: Duration = Duration::from_millis(200);
 /// of four levels instead of five, twice so when nested, and no SMAP are sooner emulated.
 const CPU: &str = "max,+svm,-cx16,-la57,-smap";
 
+/// Where Debian's packages put what a PC boots with, and no device but those that are named: ours is
+/// built without the usual ones.
+pub(super) const FIRMWARE: [&str; 7] = [
+    "-nodefaults",
+    "-L",
+    "/usr/share/seabios",
+    "-L",
+    "/usr/share/qemu",
+    "-L",
+    "/usr/lib/ipxe/qemu",
+];
+
 /// What a node is made like.
 #[derive(Clone, Debug)]
 pub struct NodeOptions {
@@ -35,10 +47,7 @@ pub struct NodeOptions {
 impl Default for NodeOptions {
     fn default() -> Self {
         Self {
-            cpus: std::env::var("X_CPUS")
-                .ok()
-                .and_then(|v| v.parse().ok())
-                .unwrap_or(2),
+            cpus: 2,
             memory_mib: 3072,
             durable: false,
         }
@@ -386,7 +395,8 @@ impl Node {
         );
         run(self
             .netns
-            .command("qemu-system-x86_64")
+            .command(&images.qemu)
+            .args(FIRMWARE)
             .args(["-name", &format!("understudy-{}", self.name), "-machine", "pc"])
             .args(["-accel", "tcg,thread=multi,tb-size=512", "-cpu", CPU])
             .args([

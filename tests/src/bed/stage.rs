@@ -60,7 +60,7 @@ impl Stage {
     fn set_with(name: &str, binaries: &Path, up: fn(&Node, &Images) -> Result<bool>) -> Result<Self> {
         let node = Node::named(name)?;
         let lock = node.lock()?;
-        let images = Images::build(binaries, &["node", "guest-base"])?;
+        let images = Images::build(binaries, &["qemu", "node", "guest-base"])?;
         let started = Instant::now();
         if up(&node, &images)? {
             report("node up", started);
