@@ -79,7 +79,11 @@ fn dependencies_point_downwards_only() {
         ("understudy-api", &[][..]),
         ("understudy-channel", &[][..]),
         ("understudy-vmm-control", &[][..]),
-        ("understudy-vmm", &["understudy-vmm-control"][..]),
+        ("understudy-checkpoint", &["understudy-vmm-control"][..]),
+        (
+            "understudy-vmm",
+            &["understudy-checkpoint", "understudy-vmm-control"][..],
+        ),
         ("understudy-guest", &["understudy-channel"][..]),
         (
             "understudy-node",
@@ -107,6 +111,7 @@ fn no_kubernetes_type_reaches_vmm_channel_or_guest_agent() {
     for (name, (_, _, others)) in packages() {
         if [
             "understudy-vmm",
+            "understudy-checkpoint",
             "understudy-vmm-control",
             "understudy-channel",
             "understudy-guest",
@@ -118,6 +123,16 @@ fn no_kubernetes_type_reaches_vmm_channel_or_guest_agent() {
                 assert!(!kubernetes, "{name} may not depend on {dependency}");
             }
         }
+    }
+}
+
+#[test]
+fn the_vmm_alone_reads_and_writes_checkpoints() {
+    for (name, (_, ours, _)) in packages() {
+        assert!(
+            name == "understudy-vmm" || !ours.iter().any(|other| other == "understudy-checkpoint"),
+            "{name} may not depend on understudy-checkpoint"
+        );
     }
 }
 

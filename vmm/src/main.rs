@@ -2,8 +2,11 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Instant;
 
 use clap::{Parser, Subcommand};
+use understudy_vmm::supervisor::ResumeError;
+use understudy_vmm_control::session::REFUSED_EXIT_CODE;
 
 /// Runs one virtual machine on /dev/kvm, controlled over a Unix socket.
 #[derive(Parser)]
@@ -26,18 +29,26 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    let started = Instant::now();
     let cli = Cli::parse();
     understudy_vmm::process::log_to_stderr();
     let result = match cli.command {
-        Command::Run { config } => understudy_vmm::process::run(&config),
+        Command::Run { config } => understudy_vmm::process::run(&config, started),
         Command::Check => understudy_vmm::check::report(),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("understudy-vmm: {error}");
-            ExitCode::FAILURE
-        }
+        Err(error) => match error.downcast_ref() {
+            Some(ResumeError::Refused(refused)) => {
+                // One line, whatever is in the message: the last of the log tells why.
+                eprintln!("{}", refused.to_string().replace('\n', " "));
+                ExitCode::from(REFUSED_EXIT_CODE as u8)
+            }
+            _ => {
+                eprintln!("understudy-vmm: {error}");
+                ExitCode::FAILURE
+            }
+        },
     }
 }

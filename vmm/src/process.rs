@@ -5,13 +5,17 @@ use std::io;
 use std::path::Path;
 use std::sync::mpsc::Sender;
 use std::thread;
+use std::time::Instant;
 
 use tracing_subscriber::EnvFilter;
 use understudy_vmm_control::config::Role;
 
 use crate::control::server::{self, Sockets};
 use crate::machine::board::Event;
+use crate::memory_restore::Userfault;
 use crate::seccomp;
+#[cfg(doc)]
+use crate::supervisor::ResumeError;
 use crate::supervisor::{Supervisor, validate};
 
 /// Logs to stderr with UTC timestamps in microseconds; `RUST_LOG` selects, `info` is the default.
@@ -24,10 +28,16 @@ pub fn log_to_stderr() {
         .init();
 }
 
-/// Runs the guest of the configuration at `path`; `false` when it ended by a crash.
-pub fn run(path: &Path) -> Result<bool, Box<dyn Error>> {
+/// Runs the guest of the configuration at `path`; `false` when it ended by a crash. The process has begun at
+/// `started`.
+///
+/// # Errors
+/// [`ResumeError::Refused`] among others, which has an exit code of its own.
+pub fn run(path: &Path, started: Instant) -> Result<bool, Box<dyn Error>> {
     return_freed_memory();
     let config = validate::read(path)?;
+    // Before the process is confined: afterwards it may not open one.
+    let userfault = config.resume.is_some().then(Userfault::open);
     seccomp::confine()?;
     // Before any thread: all inherit the mask.
     let signals = block_stop_signals()?;
@@ -45,12 +55,18 @@ pub fn run(path: &Path) -> Result<bool, Box<dyn Error>> {
         .map_err(|error| format!("paths.control: listening on {}: {error}", control.display()))?;
     let _sockets = Sockets(vec![control, config.vsock.socket.clone()]);
     let role = config.role;
-    let (supervisor, events) = Supervisor::new(config)?;
+    let (supervisor, events) = match (config.resume.clone(), userfault) {
+        (Some(resume), Some(userfault)) => Supervisor::resume(config, &resume, userfault, started)?,
+        _ => {
+            let (supervisor, events) = Supervisor::new(config)?;
+            if role == Role::Active {
+                supervisor.start()?;
+            }
+            (supervisor, events)
+        }
+    };
     stop_on_signal(signals, supervisor.events())?;
     supervisor.watch_lease()?;
-    if role == Role::Active {
-        supervisor.start()?;
-    }
     server::serve(listener, supervisor.clone())?;
     Ok(supervisor.run(&events))
 }

@@ -139,6 +139,8 @@ const PLAIN: &[libc::c_long] = &[
 
 /// KVM's requests have this type in their second byte.
 const KVM_TYPE: u64 = 0xae;
+/// So have those of userfaultfd: filling guest RAM while it is restored. Descriptors are opened before.
+const USERFAULT_TYPE: u64 = 0xaa;
 /// Requests to a tap (`linux/if_tun.h`), and those of the standard library for descriptors.
 const IOCTLS: &[u64] = &[
     0x4004_54ca, // TUNSETIFF
@@ -194,7 +196,10 @@ fn program() -> Result<BpfProgram, String> {
             equal(0, libc::PR_SET_VMA as u64)?,
         ],
     );
-    let mut ioctls = vec![masked(1, 0xff00, KVM_TYPE << 8)?];
+    let mut ioctls = vec![
+        masked(1, 0xff00, KVM_TYPE << 8)?,
+        masked(1, 0xff00, USERFAULT_TYPE << 8)?,
+    ];
     for request in IOCTLS {
         ioctls.push(equal(1, *request)?);
     }

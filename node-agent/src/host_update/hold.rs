@@ -63,3 +63,7 @@ pub fn hold(update: &Update, uid: &str) -> Option<Hold> {
         message,
     })
 }
+
+#[cfg(test)]
+#[path = "hold_test.rs"]
+mod tests;

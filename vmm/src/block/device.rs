@@ -16,15 +16,16 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::Bytes;
-use vmm_sys_util::eventfd::EventFd;
 
 use super::disk::Disk;
+use super::persist::BlockState;
 use super::request::{MAX_SEGMENT_SECTORS, MAX_SEGMENTS, Operation, Request};
 use super::{BLOCK, SECTOR};
-use crate::gate::{Counters, Gate};
-use crate::virtio::device::{Activation, ActiveQueue, DeviceError, VirtioDevice};
-use crate::virtio::ring::{Ring, read_config_bytes};
-use crate::virtio::worker::{Worker, drain, poll, poll_entry};
+use crate::gate::{Counters, Gate, Subscription};
+use crate::persist::{Envelope, StateError};
+use crate::virtio::device::{Activation, DeviceError, QueueProgress, VirtioDevice};
+use crate::virtio::ring::{Chain, Ring, read_config_bytes};
+use crate::virtio::worker::{Service, Stop, Work, drain, poll, poll_entry};
 
 /// Device type (virtio 1.2, 5.2.1).
 const DEVICE_TYPE: u32 = 2;
@@ -46,19 +47,23 @@ pub struct BlockDevice {
     gate: Arc<Gate>,
     counters: Arc<Counters>,
     config: [u8; 60],
-    worker: Option<Worker<ActiveQueue>>,
+    service: Service<Requests>,
+    /// Writes that waited when the session was saved, until the device is started with them.
+    restored: Vec<Chain>,
 }
 
 impl BlockDevice {
     /// A device for `disk` whose writes stand behind `gate`.
     pub fn new(disk: Arc<Disk>, gate: Arc<Gate>, counters: Arc<Counters>) -> BlockDevice {
+        let name = format!("blk-{}", disk.name());
         BlockDevice {
-            name: format!("blk-{}", disk.name()),
+            service: Service::new(&name),
+            restored: Vec::new(),
+            name,
             config: config_space(&disk),
             disk,
             gate,
             counters,
-            worker: None,
         }
     }
 }
@@ -126,6 +131,7 @@ impl VirtioDevice for BlockDevice {
             interrupt,
             mut queues,
             features,
+            restored: _,
         } = activation;
         let got = queues.len();
         let Some(queue) = queues.pop() else {
@@ -135,41 +141,70 @@ impl VirtioDevice for BlockDevice {
                 needed: 1,
             });
         };
-        let io = |action| {
-            let device = self.name.clone();
-            move |source| DeviceError::Io {
-                device,
-                action,
-                source,
-            }
-        };
-        let waker = queue.notify.try_clone().map_err(io("duplicating an event"))?;
+        let waker = queue
+            .notify
+            .try_clone()
+            .map_err(self.failed("duplicating an event"))?;
         let mut requests = Requests {
             name: self.name.clone(),
             disk: self.disk.clone(),
             gate: self.gate.clone(),
             counters: self.counters.clone(),
             ring: Ring::new(&self.name, &memory, &interrupt, queue, features),
+            _opening: self.gate.subscribe(waker),
             held: VecDeque::new(),
             held_reported: 0,
             logged: Cell::new(0),
         };
-        let subscription = self.gate.subscribe(waker);
-        let worker = Worker::spawn(&self.name, move |stop| {
-            requests.run(&stop);
-            drop(subscription);
-            requests.report_held(0);
-            // What waited for room is gone with its driver.
-            requests.disk.set_full(false);
-            requests.ring.into_queue()
-        })
-        .map_err(io("starting a thread"))?;
-        self.worker = Some(worker);
-        Ok(())
+        for chain in self.restored.drain(..) {
+            requests.hold_again(chain);
+        }
+        self.service
+            .start(requests)
+            .map_err(self.failed("starting a thread"))
     }
 
-    fn reset(&mut self) -> Vec<ActiveQueue> {
-        self.worker.take().and_then(Worker::stop).into_iter().collect()
+    fn reset(&mut self) {
+        self.service.stop();
+        self.restored.clear();
+    }
+
+    fn suspend(&mut self) -> Result<Vec<QueueProgress>, DeviceError> {
+        let requests = self.service.suspend().map_err(|source| DeviceError::Panicked {
+            device: self.name.clone(),
+            source,
+        })?;
+        Ok(requests.iter().map(|requests| requests.ring.progress()).collect())
+    }
+
+    fn resume(&mut self) -> Result<(), DeviceError> {
+        self.service.resume().map_err(self.failed("starting a thread"))
+    }
+
+    fn save(&self) -> Result<Option<Envelope>, StateError> {
+        let state = match self.service.suspended() {
+            Some(requests) => BlockState::of(requests.held.iter().map(|held| &held.chain)),
+            None => BlockState::of(&self.restored),
+        };
+        Envelope::seal(&self.name, &state).map(Some)
+    }
+
+    fn restore(&mut self, own: Option<&Envelope>, queues: &[QueueProgress]) -> Result<(), StateError> {
+        let own = own.ok_or_else(|| StateError::unfit(&self.name, "it lacks the list of waiting writes"))?;
+        let state: BlockState = own.open(&self.name)?;
+        self.restored = state.check(&self.name, queues, QUEUE_SIZE)?;
+        Ok(())
+    }
+}
+
+impl BlockDevice {
+    fn failed(&self, action: &'static str) -> impl Fn(io::Error) -> DeviceError + use<> {
+        let device = self.name.clone();
+        move |source| DeviceError::Io {
+            device: device.clone(),
+            action,
+            source,
+        }
     }
 }
 
@@ -183,6 +218,12 @@ enum Outcome {
     Full,
 }
 
+/// A write that waits, and the chain that it came in: what is saved of it.
+struct Held {
+    request: Request,
+    chain: Chain,
+}
+
 /// The ring and all that its thread needs.
 struct Requests {
     name: String,
@@ -190,18 +231,20 @@ struct Requests {
     gate: Arc<Gate>,
     counters: Arc<Counters>,
     ring: Ring,
+    /// Raises the queue's event when the gate opens.
+    _opening: Subscription,
     /// Writes that wait, in order.
-    held: VecDeque<Request>,
+    held: VecDeque<Held>,
     /// How many of them the counter knows.
     held_reported: u64,
     /// Failed requests that were logged.
     logged: Cell<u32>,
 }
 
-impl Requests {
-    fn run(&mut self, stop: &EventFd) {
+impl Work for Requests {
+    fn run(&mut self, stop: &Stop) {
         loop {
-            self.process();
+            self.process(stop);
             let timeout = self.disk.is_full().then_some(FULL_RETRY);
             let mut fds = [
                 poll_entry(stop.as_raw_fd(), libc::POLLIN),
@@ -217,21 +260,32 @@ impl Requests {
             drain(self.ring.event());
         }
     }
+}
+
+impl Requests {
+    /// Has a write that was saved wait again.
+    fn hold_again(&mut self, chain: Chain) {
+        // Only what was a request was held; a guest that changed it since has spoilt its own.
+        match Request::parse(self.ring.memory(), &chain) {
+            Some(request) => self.held.push_back(Held { request, chain }),
+            None => self.ring.complete(chain.head, 0),
+        }
+    }
 
     /// Carries out what can be: first the writes that waited, then what the ring holds now.
-    fn process(&mut self) {
-        self.retry_held();
+    fn process(&mut self, stop: &Stop) {
+        self.retry_held(stop);
         for _ in 0..self.ring.size() {
-            if self.is_holding_too_much() {
+            // Not a request more once the thread shall end: who waits for it has paused the guest.
+            if self.is_holding_too_much() || stop.is_asked() {
                 break;
             }
             let Some(chain) = self.ring.next_chain() else {
                 break;
             };
-            let head = chain.head;
-            match Request::parse(self.ring.memory(), chain) {
-                Some(request) => self.begin(request),
-                None => self.ring.complete(head, 0),
+            match Request::parse(self.ring.memory(), &chain) {
+                Some(request) => self.begin(Held { request, chain }),
+                None => self.ring.complete(chain.head, 0),
             }
         }
         self.report_held(match self.gate.is_closed() {
@@ -250,12 +304,13 @@ impl Requests {
         self.held.len() >= self.ring.size()
     }
 
-    fn retry_held(&mut self) {
-        while let Some(request) = self.held.pop_front() {
-            match self.execute(&request) {
-                Outcome::Done(status, written) => self.finish(&request, status, written),
+    fn retry_held(&mut self, stop: &Stop) {
+        while !stop.is_asked() {
+            let Some(held) = self.held.pop_front() else { return };
+            match self.execute(&held.request) {
+                Outcome::Done(status, written) => self.finish(&held.request, status, written),
                 Outcome::Closed | Outcome::Full => {
-                    self.held.push_front(request);
+                    self.held.push_front(held);
                     return;
                 }
             }
@@ -263,14 +318,14 @@ impl Requests {
     }
 
     /// Carries out a request or has it wait behind those that wait already.
-    fn begin(&mut self, request: Request) {
-        if request.is_write() && !self.held.is_empty() {
-            self.held.push_back(request);
+    fn begin(&mut self, new: Held) {
+        if new.request.is_write() && !self.held.is_empty() {
+            self.held.push_back(new);
             return;
         }
-        match self.execute(&request) {
-            Outcome::Done(status, written) => self.finish(&request, status, written),
-            Outcome::Closed | Outcome::Full => self.held.push_back(request),
+        match self.execute(&new.request) {
+            Outcome::Done(status, written) => self.finish(&new.request, status, written),
+            Outcome::Closed | Outcome::Full => self.held.push_back(new),
         }
     }
 
@@ -371,6 +426,14 @@ impl Requests {
             counter.fetch_sub(self.held_reported - held, Ordering::AcqRel);
         }
         self.held_reported = held;
+    }
+}
+
+impl Drop for Requests {
+    fn drop(&mut self) {
+        // What waited is gone with its driver.
+        self.report_held(0);
+        self.disk.set_full(false);
     }
 }
 

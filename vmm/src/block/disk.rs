@@ -54,7 +54,74 @@ impl Disk {
         Self::open_in(config, role, Box::new(HostDirectory::new(&config.source)))
     }
 
+    /// Opens the disk of a session that is resumed: the chain must be the one that it left, at the write
+    /// session that it left, or the disk was written since. No write session begins, so that a resume that is
+    /// given up leaves it as it is: [`Disk::begin_session`] must come before the first write.
+    pub fn open_as_left(
+        config: &config::Disk,
+        role: Role,
+        layers: &[Uuid],
+        session: u64,
+    ) -> Result<Arc<Disk>, DiskError> {
+        let directory = Box::new(HostDirectory::new(&config.source));
+        let disk = Self::open_without_session(config, role, directory)?;
+        let found = disk.info();
+        if found.layers != layers || found.session != session {
+            let chain = |layers: &[Uuid]| match layers {
+                [] => "the file alone".to_owned(),
+                [top, rest @ ..] => format!("layer {top} with {} below it", rest.len()),
+            };
+            return Err(DiskError::StaleRoot {
+                path: disk.directory.source_path(),
+                reason: format!(
+                    "it is {} at write session {}, the saved session left {} at {session}: it was written since",
+                    chain(&found.layers),
+                    found.session,
+                    chain(layers)
+                ),
+                advice: "boot the guest from its disk, which is newer; the saved session fits to it no more",
+            });
+        }
+        Ok(disk)
+    }
+
+    /// Begins a write session, durably: whoever knows the disk at the one before can tell that it may have
+    /// been written since.
+    pub fn begin_session(&self) -> Result<(), DiskError> {
+        let mut chain = self.chain();
+        let chain = &mut *chain;
+        let directory = self.directory.as_ref();
+        match chain.layers.first_mut() {
+            Some(top) => top.begin_session(directory),
+            None => {
+                let (merging, layered) = (chain.source.record.merging, chain.source.record.layered);
+                chain.source.begin_session(directory, merging, layered)
+            }
+        }
+    }
+
     pub(super) fn open_in(
+        config: &config::Disk,
+        role: Role,
+        directory: Box<dyn Directory>,
+    ) -> Result<Arc<Disk>, DiskError> {
+        let disk = Self::open_without_session(config, role, directory)?;
+        if !disk.read_only {
+            let mut chain = disk.chain();
+            let chain = &mut *chain;
+            let directory = disk.directory.as_ref();
+            if role == Role::Active {
+                remove_merged(directory, &mut chain.source, &chain.layers);
+            }
+            match chain.layers.first_mut() {
+                Some(top) => top.begin_session(directory)?,
+                None => chain.source.begin_session(directory, None, false)?,
+            }
+        }
+        Ok(disk)
+    }
+
+    fn open_without_session(
         config: &config::Disk,
         role: Role,
         directory: Box<dyn Directory>,
@@ -75,7 +142,6 @@ impl Disk {
         let how = Opening {
             owned: owner.is_some(),
             read_only: config.read_only,
-            role,
         };
         let chain = open_chain(directory.as_ref(), top, &how)?;
         Ok(Arc::new(Disk {
@@ -260,7 +326,6 @@ struct Opening {
     /// There is an `owner.json`.
     owned: bool,
     read_only: bool,
-    role: Role,
 }
 
 /// Opens and locks the chain from its top down, and checks that it belongs together.
@@ -303,19 +368,10 @@ fn open_chain(directory: &dyn Directory, top: Option<Uuid>, how: &Opening) -> Re
         next = layer.header.parent;
         layers.push(layer);
     }
-    let mut source = Source::open(directory, access)?;
+    let source = Source::open(directory, access)?;
     let lock = if layers.is_empty() { top_lock } else { Lock::Shared };
     source.lock(directory, lock)?;
     check_source(directory, &source, layers.last(), how.owned)?;
-    if !how.read_only {
-        if how.role == Role::Active {
-            remove_merged(directory, &mut source, &layers);
-        }
-        match layers.first_mut() {
-            Some(top) => top.begin_session(directory)?,
-            None => source.begin_session(directory, None, false)?,
-        }
-    }
     Ok(Chain::new(layers, source))
 }
 

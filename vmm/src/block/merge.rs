@@ -103,6 +103,11 @@ impl Disk {
         Ok(self.info())
     }
 
+    /// Whether a merge runs.
+    pub fn is_merging(&self) -> bool {
+        self.merge.lock().running
+    }
+
     /// Stops a merge that runs; what it has moved stays where it is now.
     pub fn stop_merge(&self) {
         let thread = {

@@ -11,6 +11,7 @@ mod layer;
 mod map;
 mod map_format;
 mod merge;
+mod persist;
 mod request;
 mod source;
 mod split;

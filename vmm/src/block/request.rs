@@ -4,9 +4,10 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
-use vm_memory::{Address, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Address, GuestAddress};
 
 use super::SECTOR;
+use crate::machine::memory::GuestMemoryMmap;
 use crate::virtio::buffers::Buffers;
 use crate::virtio::ring::Chain;
 
@@ -62,13 +63,13 @@ pub(super) struct Request {
 impl Request {
     /// Parses a chain in whatever way the driver framed it (virtio 1.2, 2.7.4); `None` when there is no
     /// place for a status, so that nothing can be answered.
-    pub(super) fn parse(memory: &GuestMemoryMmap, chain: Chain) -> Option<Request> {
+    pub(super) fn parse(memory: &GuestMemoryMmap, chain: &Chain) -> Option<Request> {
         let Chain {
             head,
             readable,
             mut writable,
             ordered,
-        } = chain;
+        } = chain.clone();
         let status = split_last_byte(&mut writable)?;
         let mut request = Request {
             head,

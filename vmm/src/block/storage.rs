@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::virtio::buffers::{Buffers, MAX_PIECES};
+use crate::virtio::buffers::Buffers;
 
 /// How a file is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,10 +89,6 @@ impl HostDirectory {
     }
 }
 
-fn check(result: libc::ssize_t) -> io::Result<usize> {
-    usize::try_from(result).map_err(|_| io::Error::last_os_error())
-}
-
 fn check_int(result: libc::c_int) -> io::Result<()> {
     if result < 0 {
         return Err(io::Error::last_os_error());
@@ -100,40 +96,24 @@ fn check_int(result: libc::c_int) -> io::Result<()> {
     Ok(())
 }
 
-impl HostFile {
-    /// Runs `transfer` (preadv or pwritev) until every piece is done.
-    fn all(
-        &self,
-        buffers: &Buffers<'_>,
-        offset: u64,
-        transfer: impl Fn(&[libc::iovec], libc::off_t) -> io::Result<usize>,
-    ) -> io::Result<()> {
-        let mut done = 0;
-        while done < buffers.len() {
-            let rest = buffers.part(done, buffers.len() - done);
-            let guards: Vec<_> = rest
-                .pieces()
-                .iter()
-                .take(MAX_PIECES)
-                .map(|piece| piece.ptr_guard_mut())
-                .collect();
-            let vectors: Vec<libc::iovec> = guards
-                .iter()
-                .map(|guard| libc::iovec {
-                    iov_base: guard.as_ptr().cast(),
-                    iov_len: guard.len(),
-                })
-                .collect();
-            match transfer(&vectors, (offset + done) as libc::off_t) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(n) => done += n as u64,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
+/// Runs `transfer` on what is left of `buffers` until every piece is done.
+fn all(
+    buffers: &Buffers<'_>,
+    offset: u64,
+    transfer: impl Fn(&Buffers<'_>, libc::off_t) -> io::Result<usize>,
+) -> io::Result<()> {
+    let mut done = 0;
+    while done < buffers.len() {
+        let rest = buffers.part(done, buffers.len() - done);
+        match transfer(&rest, (offset + done) as libc::off_t)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            n => done += n as u64,
         }
-        Ok(())
     }
+    Ok(())
+}
 
+impl HostFile {
     fn seek(&self, from: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
         // SAFETY: lseek takes no pointers; the descriptor is open as long as `self` lives. Nobody relies on
         // the file's position, all transfers are positioned.
@@ -155,30 +135,22 @@ impl Storage for HostFile {
     }
 
     fn read(&self, buffers: &Buffers<'_>, offset: u64) -> io::Result<()> {
-        self.all(buffers, offset, |vectors, at| {
-            // SAFETY: each vector covers a volatile slice that `buffers` keeps mapped for this call, and there
-            // are at most IOV_MAX of them.
-            check(unsafe {
-                libc::preadv(
-                    self.0.as_raw_fd(),
-                    vectors.as_ptr(),
-                    vectors.len() as libc::c_int,
-                    at,
-                )
+        all(buffers, offset, |rest, at| {
+            rest.fill_with(|vectors| {
+                let count = vectors.len() as libc::c_int;
+                // SAFETY: each vector covers a volatile slice that `buffers` keeps mapped for this call, and
+                // there are at most IOV_MAX of them.
+                unsafe { libc::preadv(self.0.as_raw_fd(), vectors.as_ptr(), count, at) }
             })
         })
     }
 
     fn write(&self, buffers: &Buffers<'_>, offset: u64) -> io::Result<()> {
-        self.all(buffers, offset, |vectors, at| {
-            // SAFETY: as in `read`; the kernel only reads from the vectors.
-            check(unsafe {
-                libc::pwritev(
-                    self.0.as_raw_fd(),
-                    vectors.as_ptr(),
-                    vectors.len() as libc::c_int,
-                    at,
-                )
+        all(buffers, offset, |rest, at| {
+            rest.take_with(|vectors| {
+                let count = vectors.len() as libc::c_int;
+                // SAFETY: as in `read`; the kernel only reads from the vectors.
+                unsafe { libc::pwritev(self.0.as_raw_fd(), vectors.as_ptr(), count, at) }
             })
         })
     }

@@ -12,9 +12,10 @@ use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::layout;
+use crate::machine::memory::GuestMemoryMmap;
 
 const OEM_ID: [u8; 6] = *b"UNDRST";
 const TABLE_ID: [u8; 8] = *b"UNDRSTDY";

@@ -5,11 +5,12 @@ use std::io::Cursor;
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::{BzImage, KernelLoader};
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 use super::Payload;
 use crate::layout;
 use crate::machine::memory;
+use crate::machine::memory::GuestMemoryMmap;
 
 /// Why a kernel could not be loaded.
 #[derive(Debug, thiserror::Error)]

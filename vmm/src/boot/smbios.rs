@@ -3,9 +3,10 @@
 //! starts.
 
 use uuid::Uuid;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::layout;
+use crate::machine::memory::GuestMemoryMmap;
 
 /// Why the tables could not be written.
 #[derive(Debug, thiserror::Error)]

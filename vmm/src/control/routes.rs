@@ -1,5 +1,7 @@
 //! Which operation a request asks for.
 
+use std::sync::Arc;
+
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use understudy_vmm_control::api::{ConsoleTail, PrepareSplit, Split};
@@ -14,7 +16,7 @@ use crate::supervisor::{OperationError, Supervisor};
 struct Empty {}
 
 /// Carries a request out; returns status and body of the answer.
-pub fn handle(supervisor: &Supervisor, request: &Request) -> (u16, Vec<u8>) {
+pub fn handle(supervisor: &Arc<Supervisor>, request: &Request) -> (u16, Vec<u8>) {
     let path: Vec<&str> = request.path.trim_start_matches('/').split('/').collect();
     let result = match (request.method.as_str(), path.as_slice()) {
         ("GET", ["v1", "vm"]) => answer(&supervisor.info()),
@@ -48,6 +50,16 @@ pub fn handle(supervisor: &Supervisor, request: &Request) -> (u16, Vec<u8>) {
             .and_then(|report| answer(&report)),
         ("PUT", ["v1", "disks", disk, "merge"]) => body::<Empty>(request)
             .and_then(|_| supervisor.merge(disk))
+            .and_then(|info| answer(&info)),
+        ("GET", ["v1", "save"]) => supervisor.save_info().and_then(|info| answer(&info)),
+        ("PUT", ["v1", "save"]) => body(request)
+            .and_then(|save| supervisor.begin_save(save))
+            .and_then(|info| answer(&info)),
+        ("PUT", ["v1", "save", "keep"]) => body(request)
+            .and_then(|keep| supervisor.keep_saved(&keep))
+            .and_then(|info| answer(&info)),
+        ("PUT", ["v1", "save", "cancel"]) => body(request)
+            .and_then(|cancel| supervisor.cancel_save(&cancel))
             .and_then(|info| answer(&info)),
         (method, _) => Err(OperationError::NotFound(format!(
             "{method} {} is not a route of this API; GET /v1/vm is one",

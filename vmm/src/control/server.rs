@@ -84,7 +84,7 @@ fn accept(stream: UnixStream, supervisor: &Arc<Supervisor>, connections: &Arc<At
     }
 }
 
-fn converse(stream: UnixStream, supervisor: &Supervisor) {
+fn converse(stream: UnixStream, supervisor: &Arc<Supervisor>) {
     let mut connection = Connection::new(stream);
     loop {
         let request = match connection.read() {

@@ -75,6 +75,12 @@ impl ConsoleLog {
         Ok(ConsoleLog { shared })
     }
 
+    /// Writes output that waits for the end of its line, so that nothing the guest has said is lost with
+    /// the process.
+    pub fn write_out(&self) {
+        self.shared.lock().flush_pending();
+    }
+
     /// The last output, as text.
     pub fn tail(&self) -> String {
         let inner = self.shared.lock();

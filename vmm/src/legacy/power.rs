@@ -1,17 +1,25 @@
 //! ACPI fixed hardware (ACPI 4.8.4): PM1 event and control block, with power button and S5.
 
+use serde::{Deserialize, Serialize};
+
 use crate::boot::acpi::S5_SLEEP_TYPE;
+use crate::persist::{State, StateError, ensure};
 
 const POWER_BUTTON: u16 = 1 << 8;
 const SCI_ENABLED: u16 = 1;
 const SLEEP_ENABLE: u16 = 1 << 13;
 
-/// State of the PM1 registers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// State of the PM1 registers, version 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PowerState {
     status: u16,
     enable: u16,
     control: u16,
+}
+
+impl State for PowerState {
+    const VERSION: u32 = 1;
 }
 
 /// What a write asks of the machine.
@@ -30,6 +38,28 @@ pub struct Power {
 }
 
 impl Power {
+    /// A copy of the registers.
+    pub fn save(&self) -> PowerState {
+        self.state
+    }
+
+    /// Takes over registers. The level of the interrupt is the board's to set.
+    pub fn restore(&mut self, state: PowerState) -> Result<(), StateError> {
+        // The button is all that raises a status, and SLP_EN is never kept.
+        ensure(
+            state.status & !POWER_BUTTON == 0 && state.control & SLEEP_ENABLE == 0,
+            "acpi",
+            || {
+                format!(
+                    "PM1 registers {:#x} and {:#x} have bits that are never set",
+                    state.status, state.control
+                )
+            },
+        )?;
+        self.state = state;
+        Ok(())
+    }
+
     /// Presses the power button: the guest sees it at its next interrupt.
     pub fn press_button(&mut self) {
         self.state.status |= POWER_BUTTON;

@@ -5,13 +5,13 @@
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm, VmFd};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use super::board::{Board, Event};
 use super::cpuid::{self, CpuidError, Leaf};
 use super::memory::{GuestRam, MemoryError};
+use super::slots;
 use super::vcpu::{self, VcpuError, Vcpus};
 use crate::boot::linux::LoadError;
 use crate::boot::smbios::{self, Identity, SmbiosError};
@@ -83,18 +83,45 @@ pub struct Assembly {
     pub vcpus: Vcpus,
     /// Its board.
     pub board: Arc<Board>,
+    /// The virtual machine.
+    pub vm: Arc<VmFd>,
 }
 
 impl Assembly {
     /// Clears RAM, loads `payload` and puts the machine together.
     pub fn new(parts: &Parts<'_>, payload: &Payload) -> Result<Assembly, AssemblyError> {
-        let kvm = |action| move |source| AssemblyError::Kvm { action, source };
         parts.ram.clear()?;
         let memory = &parts.ram.memory;
         let rsdp = acpi::write(memory, parts.cpus).map_err(AssemblyError::Acpi)?;
         smbios::write(memory, &parts.identity)?;
         let entry = linux::load(memory, parts.ram.size(), payload, rsdp)?;
 
+        let Machine { vm, board, vcpus } = Machine::wire(parts)?;
+        for (id, vcpu) in (0..parts.cpus).zip(&vcpus) {
+            let cpuid = cpuid::for_vcpu(parts.cpuid, id, parts.cpus)?;
+            vcpu::set_up(vcpu, id, &cpuid, (id == 0).then_some(entry))?;
+        }
+        let vcpus = Vcpus::start(vcpus, &board)?;
+        Ok(Assembly { vcpus, board, vm })
+    }
+}
+
+/// The parts wired together: RAM, interrupt controllers, board and devices as after power-on. A kernel is
+/// loaded into it for a boot, or a saved state for a resume.
+pub struct Machine {
+    /// The virtual machine.
+    pub vm: Arc<VmFd>,
+    /// Its board.
+    pub board: Arc<Board>,
+    /// Its vCPUs, without CPUID and registers.
+    pub vcpus: Vec<VcpuFd>,
+}
+
+impl Machine {
+    /// Wires the parts; RAM is used as it is.
+    pub fn wire(parts: &Parts<'_>) -> Result<Machine, AssemblyError> {
+        let kvm = |action| move |source| AssemblyError::Kvm { action, source };
+        let memory = &parts.ram.memory;
         let vm = Arc::new(create_vm(parts)?);
         let router = Router::new(vm.clone()).map_err(kvm("routing interrupts"))?;
         let board = Board::new(
@@ -115,13 +142,9 @@ impl Assembly {
         let board = Arc::new(board);
         let mut vcpus = Vec::new();
         for id in 0..parts.cpus {
-            let vcpu = vm.create_vcpu(u64::from(id)).map_err(kvm("creating a vCPU"))?;
-            let cpuid = cpuid::for_vcpu(parts.cpuid, id, parts.cpus)?;
-            vcpu::set_up(&vcpu, id, &cpuid, (id == 0).then_some(entry))?;
-            vcpus.push(vcpu);
+            vcpus.push(vm.create_vcpu(u64::from(id)).map_err(kvm("creating a vCPU"))?);
         }
-        let vcpus = Vcpus::start(vcpus, &board)?;
-        Ok(Assembly { vcpus, board })
+        Ok(Machine { vm, board, vcpus })
     }
 }
 
@@ -142,24 +165,8 @@ fn create_vm(parts: &Parts<'_>) -> Result<VmFd, AssemblyError> {
         ..Default::default()
     })
     .map_err(kvm("creating the timer"))?;
-    for (slot, region) in parts.ram.memory.iter().enumerate() {
-        // The first byte of a mapped region has an address.
-        let host = region
-            .get_host_address(MemoryRegionAddress(0))
-            .map_err(|_| AssemblyError::Kvm {
-                action: "finding guest RAM in the process",
-                source: kvm_ioctls::Error::new(libc::EFAULT),
-            })?;
-        let region = kvm_userspace_memory_region {
-            slot: slot as u32,
-            guest_phys_addr: region.start_addr().0,
-            memory_size: region.len(),
-            userspace_addr: host as u64,
-            flags: 0,
-        };
-        // SAFETY: the mapping belongs to `parts.ram`, which outlives every boot, and is used as guest RAM
-        // through volatile accesses only.
-        unsafe { vm.set_user_memory_region(region) }.map_err(kvm("giving RAM to the guest"))?;
+    for slot in slots::of(parts.ram) {
+        slots::set(&vm, &slot, 0).map_err(kvm("giving RAM to the guest"))?;
     }
     Ok(vm)
 }

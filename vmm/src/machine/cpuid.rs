@@ -50,6 +50,9 @@ pub enum CpuidError {
 const HYPERVISOR: u32 = 1 << 31;
 const TSC_DEADLINE: u32 = 1 << 24;
 const INVARIANT_TSC: u32 = 1 << 8;
+/// Virtualisation in the guest: the state of guests within the guest is not part of a saved session.
+const VMX: u32 = 1 << 5;
+const SVM: u32 = 1 << 2;
 /// Leaves with masks of features, in each of which the host must have what the guest has.
 const FEATURE_LEAVES: [(u32, u32); 4] = [(1, 0), (7, 0), (7, 1), (0x8000_0001, 0)];
 /// Bits of KVM's leaf 0x40000001 that are withheld: asynchronous page faults (4, 10, 14). They would
@@ -60,7 +63,8 @@ const KVM_FEATURES: u32 = 0x4000_0001;
 const SIGNIFICANT_INDEX: u32 = 1;
 
 /// What the host offers, without what would not survive a move to another boot of the host: the TSC is
-/// calibrated anew at each boot of the host, so that invariant TSC is hidden and kvm-clock is used.
+/// calibrated anew at each boot of the host, so that invariant TSC is hidden and kvm-clock is used; and
+/// virtualisation within the guest is hidden.
 pub fn template(kvm: &Kvm) -> Result<Vec<Leaf>, CpuidError> {
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -80,19 +84,30 @@ pub fn template(kvm: &Kvm) -> Result<Vec<Leaf>, CpuidError> {
         .collect();
     let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
     for leaf in &mut leaves {
-        match leaf.function {
-            1 => {
-                leaf.ecx |= HYPERVISOR;
-                if deadline {
-                    leaf.ecx |= TSC_DEADLINE;
-                }
+        if leaf.function == 1 {
+            leaf.ecx |= HYPERVISOR;
+            if deadline {
+                leaf.ecx |= TSC_DEADLINE;
             }
+        }
+    }
+    withhold(&mut leaves);
+    Ok(leaves)
+}
+
+/// Takes away what no guest shall see, from what the host offers and from what an earlier version recorded.
+pub fn withhold(leaves: &mut [Leaf]) {
+    for leaf in leaves {
+        match leaf.function {
+            1 => leaf.ecx &= !VMX,
             KVM_FEATURES => leaf.eax &= !ASYNC_PAGE_FAULTS,
+            0x8000_0001 => leaf.ecx &= !SVM,
             0x8000_0007 => leaf.edx &= !INVARIANT_TSC,
+            // Features of SVM.
+            0x8000_000a => (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (0, 0, 0, 0),
             _ => {}
         }
     }
-    Ok(leaves)
 }
 
 /// Whether this host (`offered`) has every feature that a recorded template has.
@@ -248,6 +263,24 @@ mod tests {
             assert_eq!((find(0xb, 1).eax, find(0xb, 1).ebx), (2, 3));
             assert_eq!(find(0x8000_0008, 0).ecx & 0xff, 2);
         }
+    }
+
+    #[test]
+    fn what_a_saved_session_could_not_carry_is_hidden_from_guests() {
+        let mut leaves = [
+            leaf(1, 0),
+            leaf(0x8000_0001, 0),
+            leaf(0x8000_0007, 0),
+            leaf(0x8000_000a, 0),
+        ];
+        for leaf in &mut leaves {
+            (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (u32::MAX, u32::MAX, u32::MAX, u32::MAX);
+        }
+        withhold(&mut leaves);
+        assert_eq!(leaves[0].ecx, !VMX);
+        assert_eq!(leaves[1].ecx, !SVM);
+        assert_eq!(leaves[2].edx, !INVARIANT_TSC);
+        assert_eq!((leaves[3].eax, leaves[3].edx), (0, 0));
     }
 
     #[test]

@@ -1,10 +1,24 @@
 //! Guest RAM: anonymous memory named `guest-ram`, so that `/proc/PID/smaps` tells it from the process's own.
 
+use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, MmapRegion};
 
+use super::dirty::{PAGE, PageSet};
 use crate::layout;
+
+/// Guest RAM as devices and loaders see it. Every write through it marks its page in the bitmap of its region
+/// after it was made: KVM's dirty log knows of the guest's own writes alone, and a save joins the two.
+///
+/// System calls that are handed addresses in guest RAM pass by the bitmap; they go through
+/// [`Buffers::fill_with`](crate::virtio::buffers::Buffers::fill_with), which marks what they wrote.
+pub type GuestMemoryMmap = vm_memory::GuestMemoryMmap<AtomicBitmap>;
+
+/// One range of [`GuestMemoryMmap`].
+pub type GuestRegionMmap = vm_memory::GuestRegionMmap<AtomicBitmap>;
 
 /// Why guest RAM could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -106,8 +120,78 @@ impl GuestRam {
         self.size
     }
 
+    /// Its mappings in this process: (address, offset in RAM, length), in order. Addresses are aligned to huge
+    /// pages.
+    pub fn mapped(&self) -> impl Iterator<Item = (u64, u64, u64)> + '_ {
+        self.mappings.iter().scan(0, |end, mapping| {
+            let offset = *end;
+            *end += mapping.length as u64;
+            Some((mapping.start as u64, offset, mapping.length as u64))
+        })
+    }
+
+    /// Takes what device emulation has written since the last call, which KVM's log does not tell. Marks
+    /// are made after the bytes are written, so that pages are copied after this, never before.
+    pub fn take_device_writes(&self, set: &mut PageSet) {
+        for ((_, offset, _), region) in ranges(self.size).into_iter().zip(self.memory.iter()) {
+            // The inherent method of the mapping: the region's own gives a slice of the bitmap only.
+            let words = MmapRegion::bitmap(region).get_and_reset();
+            set.join_words(offset / PAGE, &words);
+        }
+    }
+
+    /// Copies RAM from `offset`, counted through all ranges, into `buffer`. The guest may be writing.
+    pub fn copy_out(&self, mut offset: u64, mut buffer: &mut [u8]) -> io::Result<()> {
+        for (start, first, length) in ranges(self.size) {
+            if offset < first || offset >= first + length || buffer.is_empty() {
+                continue;
+            }
+            let count = buffer.len().min((first + length - offset) as usize);
+            let (part, rest) = buffer.split_at_mut(count);
+            self.memory
+                .read_slice(part, GuestAddress(start + offset - first))
+                .map_err(io::Error::other)?;
+            offset += count as u64;
+            buffer = rest;
+        }
+        match buffer.is_empty() {
+            true => Ok(()),
+            false => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+
+    /// Which chunks of `chunk` bytes the host holds anything for: those that the guest never touched read as
+    /// zeroes, and reading them would make the host allocate them. What `/proc/self/pagemap` does not tell
+    /// counts as touched.
+    pub fn touched(&self, chunk: u64) -> io::Result<Vec<bool>> {
+        /// In RAM or swapped out (bits 63 and 62 of an entry).
+        const HELD: u64 = 3 << 62;
+        let file = File::open("/proc/self/pagemap")?;
+        let mut touched = vec![false; self.size.div_ceil(chunk) as usize];
+        let mut entries = vec![0u8; 64 << 10];
+        for (host, offset, length) in self.mapped() {
+            let mut page = 0;
+            while page < length / PAGE {
+                let count = (length / PAGE - page).min(entries.len() as u64 / 8);
+                let bytes = &mut entries[..count as usize * 8];
+                file.read_exact_at(bytes, (host / PAGE + page) * 8)?;
+                for (index, entry) in bytes.chunks_exact(8).enumerate() {
+                    let mut word = [0; 8];
+                    word.copy_from_slice(entry);
+                    if u64::from_le_bytes(word) & HELD != 0 {
+                        let at = offset + (page + index as u64) * PAGE;
+                        touched[(at / chunk) as usize] = true;
+                    }
+                }
+                page += count;
+            }
+        }
+        Ok(touched)
+    }
+
     /// Gives every page back to the host: the guest finds zeroes, as after power-on. No vCPU and no
-    /// device may be using the memory.
+    /// device may be using the memory, and memory that is restored lazily is discarded before
+    /// ([`crate::memory_restore::LazyMemory::discard`]), or it would come from the checkpoint again.
     pub fn clear(&self) -> Result<(), MemoryError> {
         for mapping in &self.mappings {
             // SAFETY: the range is ours, and private anonymous memory reads as zeroes afterwards.
@@ -224,8 +308,6 @@ fn host_memory_mib() -> Result<u64, MemoryError> {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::{Bytes, GuestAddress};
-
     use super::*;
 
     #[test]
@@ -243,6 +325,26 @@ mod tests {
         ram.memory.write_obj(0x5au8, GuestAddress(0x1234)).unwrap();
         ram.clear().unwrap();
         assert_eq!(ram.memory.read_obj::<u8>(GuestAddress(0x1234)).unwrap(), 0);
+    }
+
+    #[test]
+    fn what_devices_write_is_taken_once_and_only_touched_chunks_are_held() {
+        let ram = GuestRam::new(64).unwrap();
+        let at = 33 << 20;
+        ram.memory.write_obj(7u8, GuestAddress(at)).unwrap();
+        let mut set = PageSet::empty(ram.size());
+        ram.take_device_writes(&mut set);
+        assert_eq!(set.chunks(PAGE), vec![at / PAGE]);
+        let mut again = PageSet::empty(ram.size());
+        ram.take_device_writes(&mut again);
+        assert!(again.is_empty());
+
+        let touched = ram.touched(4 << 20).unwrap();
+        assert!(touched[8] && !touched[0]);
+        let mut copy = vec![1u8; 8192];
+        ram.copy_out(at - 4096, &mut copy).unwrap();
+        assert_eq!((copy[0], copy[4096], copy[4097]), (0, 7, 0));
+        assert!(ram.copy_out(ram.size() - 4096, &mut copy).is_err());
     }
 
     #[test]

@@ -3,6 +3,11 @@
 pub mod assembly;
 pub mod board;
 pub mod cpuid;
+pub mod dirty;
+mod ioctl;
 pub mod memory;
 pub mod platform;
+pub mod slots;
 pub mod vcpu;
+pub mod vcpu_state;
+pub mod vm_state;

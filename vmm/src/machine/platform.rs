@@ -90,7 +90,9 @@ impl Platform {
         let offered = cpuid::template(kvm)?;
         let recorded = Platform::read(path)?;
         let mut platform = match recorded.clone() {
-            Some(platform) => {
+            Some(mut platform) => {
+                // An earlier version may have recorded more than a guest shall see.
+                cpuid::withhold(&mut platform.cpuid);
                 cpuid::check_recorded(&platform.cpuid, &offered)?;
                 platform
             }

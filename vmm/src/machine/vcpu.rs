@@ -1,7 +1,7 @@
 //! Virtual CPUs: initial state, a thread for each, stopping and resuming them.
 
 use std::os::unix::thread::JoinHandleExt;
-use std::sync::atomic::{AtomicPtr, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
@@ -184,6 +184,11 @@ pub struct Vcpus {
 
 struct Thread {
     handle: Option<JoinHandle<()>>,
+    /// Held by the thread while it runs guest code, and by whoever reads or sets the vCPU's state while it
+    /// is paused.
+    vcpu: Arc<Mutex<VcpuFd>>,
+    /// The vCPU cannot go on; the board was told why.
+    ended: Arc<AtomicBool>,
     /// `immediate_exit` of the vCPU's `kvm_run`; null once the thread has ended and the page is unmapped.
     immediate_exit: Arc<Mutex<AtomicPtr<u8>>>,
 }
@@ -206,19 +211,24 @@ impl Vcpus {
             let page: *mut u8 = &mut vcpu.get_kvm_run().immediate_exit;
             let immediate_exit = Arc::new(Mutex::new(AtomicPtr::new(page)));
             let (shared, board, exit) = (shared.clone(), board.clone(), immediate_exit.clone());
+            let vcpu = Arc::new(Mutex::new(vcpu));
+            let ended = Arc::new(AtomicBool::new(false));
+            let (own, has_ended) = (vcpu.clone(), ended.clone());
             let handle = thread::Builder::new()
                 .name(format!("vcpu{id}"))
                 .spawn(move || {
-                    run(&mut vcpu, &shared, &board);
-                    // Nobody may touch the page any more when `vcpu` unmaps it.
+                    run(&own, &shared, &board, &has_ended);
+                    // Nobody may touch the page any more when the vCPU's last owner unmaps it.
                     exit.lock()
                         .unwrap_or_else(PoisonError::into_inner)
                         .store(std::ptr::null_mut(), Ordering::SeqCst);
-                    drop(vcpu);
+                    drop(own);
                 })
                 .map_err(|source| VcpuError::Thread { id: id as u8, source })?;
             started.threads.push(Thread {
                 handle: Some(handle),
+                vcpu,
+                ended,
                 immediate_exit,
             });
         }
@@ -231,8 +241,13 @@ impl Vcpus {
         self.shared.changed.notify_all();
     }
 
+    /// As [`Vcpus::pause`], without waiting: a vCPU that waits for memory may not stop before it has it.
+    pub fn ask_to_pause(&self) {
+        self.give(Order::Pause);
+    }
+
     /// Stops all vCPUs; when this returns none runs guest code, and what their last exits asked of devices
-    /// is complete.
+    /// is complete in the registers too: see [`run_until_ordered`].
     pub fn pause(&self) {
         self.give(Order::Pause);
         let mut running = self.shared.running();
@@ -243,6 +258,22 @@ impl Vcpus {
                 .wait(running)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Whether a vCPU has met something after which it cannot go on: there is no state of it to be saved.
+    pub fn any_ended(&self) -> bool {
+        self.threads
+            .iter()
+            .any(|thread| thread.ended.load(Ordering::Acquire))
+    }
+
+    /// Has `read` look at each vCPU; all are paused.
+    pub fn each<T, E>(&self, mut read: impl FnMut(usize, &VcpuFd) -> Result<T, E>) -> Result<Vec<T>, E> {
+        self.threads
+            .iter()
+            .enumerate()
+            .map(|(id, thread)| read(id, &lock(&thread.vcpu)))
+            .collect()
     }
 
     fn give(&self, order: Order) {
@@ -304,10 +335,10 @@ pub fn install_kick_handler() {
 }
 
 /// Body of a vCPU's thread.
-fn run(vcpu: &mut VcpuFd, shared: &Shared, board: &Board) {
+fn run(vcpu: &Mutex<VcpuFd>, shared: &Shared, board: &Board, has_ended: &AtomicBool) {
     loop {
         // Cleared before the order is read: an order given later sets it again.
-        vcpu.set_kvm_immediate_exit(0);
+        lock(vcpu).set_kvm_immediate_exit(0);
         fence(Ordering::SeqCst);
         let mut order = shared.order();
         let waited = *order != Order::Run;
@@ -320,11 +351,16 @@ fn run(vcpu: &mut VcpuFd, shared: &Shared, board: &Board) {
         // Counted while the order is held, so that whoever pauses sees it.
         *shared.running() += 1;
         drop(order);
+        let mut own = lock(vcpu);
         if waited {
             // Tells the guest's watchdogs that it was stopped; a guest without kvm-clock refuses it.
-            let _ = vcpu.kvmclock_ctrl();
+            let _ = own.kvmclock_ctrl();
         }
-        let ended = run_until_ordered(vcpu, board);
+        let ended = run_until_ordered(&mut own, board);
+        drop(own);
+        if ended {
+            has_ended.store(true, Ordering::Release);
+        }
         let mut running = shared.running();
         *running -= 1;
         shared.stopped.notify_all();
@@ -340,7 +376,16 @@ fn run(vcpu: &mut VcpuFd, shared: &Shared, board: &Board) {
     }
 }
 
+fn lock(vcpu: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
+    vcpu.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Runs guest code until an order interrupts it (`false`) or it cannot go on (`true`).
+///
+/// An exit for port or memory I/O leaves an instruction half done: KVM puts what was read into registers and
+/// moves on only when it is entered again (KVM API, 5, `KVM_EXIT_IO` and `KVM_EXIT_MMIO`). So there is one
+/// way out on an order: an entry that returns because of `immediate_exit`, after it has completed what the
+/// exit before it left.
 fn run_until_ordered(vcpu: &mut VcpuFd, board: &Board) -> bool {
     loop {
         match vcpu.run() {

@@ -90,6 +90,17 @@ impl Shared {
         }
     }
 
+    /// Sends a frame in the guest's name, so that bridges learn at once where its address lives now, even
+    /// before the guest says anything.
+    pub(super) fn announce(&self) {
+        if let Backend::Tap(tap) = self.backend().as_ref() {
+            let mut frame = rarp(self.mac);
+            if let Err(error) = tap.send(&Buffers::from_slice(&mut frame)) {
+                tracing::warn!(device = self.name, %error, "cannot announce the interface");
+            }
+        }
+    }
+
     /// Notes that the guest has sent a frame.
     pub(super) fn note_sent(&self) {
         let now = SystemTime::now()
@@ -158,12 +169,8 @@ impl NetHandle {
         let offloads = offloads(self.shared.features.load(Ordering::Acquire));
         tap.configure(offloads)
             .map_err(|source| self.error("setting up", source))?;
-        // Bridges learn at once where the address lives now, even before the guest says anything.
-        let mut frame = rarp(self.shared.mac);
-        if let Err(error) = tap.send(&Buffers::from_slice(&mut frame)) {
-            tracing::warn!(device = self.shared.name, %error, "cannot announce the interface");
-        }
         self.replace(Backend::Tap(tap));
+        self.shared.announce();
         Ok(())
     }
 

@@ -7,15 +7,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use vm_memory::GuestAddress;
-use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::{Backend, Shared};
 use super::tap::{HEADER, MAX_FRAME};
-use crate::gate::{Counters, Gates};
+use crate::gate::{Counters, Gates, Subscription};
 use crate::virtio::buffers::{Buffers, MAX_PIECES};
-use crate::virtio::device::ActiveQueue;
+use crate::virtio::device::QueueProgress;
 use crate::virtio::ring::Ring;
-use crate::virtio::worker::{drain, poll, poll_entry};
+use crate::virtio::worker::{Stop, Work, drain, poll, poll_entry};
 
 /// Frames moved in one direction before the other one and the events get their turn.
 const BUDGET: usize = 64;
@@ -40,6 +39,21 @@ pub(super) struct Frames {
     offered: usize,
     /// The tap takes no frame now.
     congested: bool,
+    /// Raise the queues' events when the gates open.
+    _openings: [Subscription; 2],
+}
+
+impl Work for Frames {
+    fn run(&mut self, stop: &Stop) {
+        if let Err(error) = self.work(stop) {
+            tracing::error!(device = self.shared.name, %error, "the network device stopped working");
+        }
+        // Buffers that were held ready belong to the ring again. Frames that nobody read wait in the tap.
+        for _ in self.offers.drain(..) {
+            self.rx.put_back();
+        }
+        self.offered = 0;
+    }
 }
 
 impl Frames {
@@ -50,6 +64,7 @@ impl Frames {
         rx: Ring,
         tx: Ring,
         mergeable: bool,
+        openings: [Subscription; 2],
     ) -> Frames {
         Frames {
             shared,
@@ -61,22 +76,16 @@ impl Frames {
             offers: VecDeque::new(),
             offered: 0,
             congested: false,
+            _openings: openings,
         }
     }
 
-    /// Runs until `stop`; gives the queues back.
-    pub(super) fn run(mut self, stop: &EventFd) -> Vec<ActiveQueue> {
-        if let Err(error) = self.work(stop) {
-            tracing::error!(device = self.shared.name, %error, "the network device stopped working");
-        }
-        // Buffers that were held ready belong to the ring again.
-        for _ in 0..self.offers.len() {
-            self.rx.put_back();
-        }
-        vec![self.rx.into_queue(), self.tx.into_queue()]
+    /// How far both queues are.
+    pub(super) fn progress(&self) -> Vec<QueueProgress> {
+        vec![self.rx.progress(), self.tx.progress()]
     }
 
-    fn work(&mut self, stop: &EventFd) -> io::Result<()> {
+    fn work(&mut self, stop: &Stop) -> io::Result<()> {
         // Whether frames wait for us: read while there are any, as poll tells.
         let mut readable = true;
         // The backend is out of order (its tap was deleted), and polling it would only spin.

@@ -12,11 +12,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::tap::Tap;
-use crate::virtio::worker::{Worker, poll, poll_entry};
+use crate::virtio::worker::{Stop, Worker, poll, poll_entry};
 
 /// Version of the message.
 const VERSION: u16 = 1;
@@ -158,7 +157,7 @@ impl Drop for Handover {
     }
 }
 
-fn serve(listener: &UnixListener, kept: &Mutex<BTreeMap<u16, GivenTap>>, stop: &EventFd) {
+fn serve(listener: &UnixListener, kept: &Mutex<BTreeMap<u16, GivenTap>>, stop: &Stop) {
     loop {
         let mut fds = [
             poll_entry(stop.as_raw_fd(), libc::POLLIN),

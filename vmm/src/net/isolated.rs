@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 
-use super::tap::{HEADER, MAX_FRAME, transfer};
+use super::tap::{HEADER, MAX_FRAME};
 use crate::virtio::buffers::Buffers;
 
 /// Largest datagram.
@@ -52,7 +52,7 @@ impl Isolated {
     /// Reads one frame and puts an empty header before it.
     pub fn receive(&self, buffers: &Buffers<'_>) -> io::Result<usize> {
         let room = buffers.part(HEADER as u64, MAX_DATAGRAM as u64);
-        let len = transfer(&room, |vectors| {
+        let len = room.fill_with(|vectors| {
             // SAFETY: each vector covers memory that `buffers` keeps mapped for this call.
             unsafe { libc::readv(self.fd(), vectors.as_ptr(), vectors.len() as libc::c_int) }
         })?;

@@ -33,9 +33,9 @@ pub use self::handover::Handover;
 use self::isolated::Isolated;
 pub use self::tap::Tap;
 use crate::gate::{Counters, Gates};
-use crate::virtio::device::{Activation, ActiveQueue, DeviceError, VirtioDevice};
+use crate::virtio::device::{Activation, ActiveQueue, DeviceError, QueueProgress, VirtioDevice};
 use crate::virtio::ring::{Ring, read_config_bytes};
-use crate::virtio::worker::Worker;
+use crate::virtio::worker::Service;
 
 /// Device type (virtio 1.2, 5.1.1).
 const DEVICE_TYPE: u32 = 1;
@@ -63,7 +63,7 @@ pub struct NetDevice {
     gates: Gates,
     counters: Arc<Counters>,
     config: [u8; 8],
-    worker: Option<Worker<Vec<ActiveQueue>>>,
+    service: Service<Frames>,
 }
 
 /// Reads `aa:bb:cc:dd:ee:ff`; `None` when it is not the address of one interface.
@@ -127,12 +127,13 @@ impl NetDevice {
         let mut space = [0; 8];
         space[..6].copy_from_slice(&mac);
         space[6] = 1;
+        let shared = Arc::new(Shared::new(index, &config.tap, mac, backend, changed));
         Ok(NetDevice {
-            shared: Arc::new(Shared::new(index, &config.tap, mac, backend, changed)),
+            service: Service::new(&shared.name),
+            shared,
             gates,
             counters,
             config: space,
-            worker: None,
         })
     }
 
@@ -187,6 +188,7 @@ impl VirtioDevice for NetDevice {
             interrupt,
             queues,
             features,
+            restored,
         } = activation;
         let got = queues.len();
         let device = self.shared.name.clone();
@@ -197,18 +199,14 @@ impl VirtioDevice for NetDevice {
                 needed: QUEUE_SIZES.len(),
             });
         };
-        let io = |action| {
-            let device = device.clone();
-            move |source| DeviceError::Io {
-                device,
-                action,
-                source,
-            }
-        };
+        let io = |action| self.failed(action);
         self.shared.features.store(features, Ordering::Release);
         self.shared
             .configure()
             .map_err(io("setting the tap's offloads"))?;
+        if restored {
+            self.shared.announce();
+        }
         let duplicate = |queue: &ActiveQueue| queue.notify.try_clone().map_err(io("duplicating an event"));
         let open_rx = self.gates.receive.subscribe(duplicate(&rx)?);
         let open_tx = self.gates.transmit.subscribe(duplicate(&tx)?);
@@ -219,21 +217,38 @@ impl VirtioDevice for NetDevice {
             Ring::new(&device, &memory, &interrupt, rx, features),
             Ring::new(&device, &memory, &interrupt, tx, features),
             features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0,
+            [open_rx, open_tx],
         );
-        let worker = Worker::spawn(&device, move |stop| {
-            let queues = frames.run(&stop);
-            drop((open_rx, open_tx));
-            queues
-        })
-        .map_err(io("starting a thread"))?;
-        self.worker = Some(worker);
-        Ok(())
+        let no_thread = io("starting a thread");
+        self.service.start(frames).map_err(no_thread)
     }
 
-    fn reset(&mut self) -> Vec<ActiveQueue> {
-        let queues = self.worker.take().and_then(Worker::stop).unwrap_or_default();
+    fn reset(&mut self) {
+        self.service.stop();
         self.shared.features.store(0, Ordering::Release);
-        queues
+    }
+
+    fn suspend(&mut self) -> Result<Vec<QueueProgress>, DeviceError> {
+        let frames = self.service.suspend().map_err(|source| DeviceError::Panicked {
+            device: self.shared.name.clone(),
+            source,
+        })?;
+        Ok(frames.map(Frames::progress).unwrap_or_default())
+    }
+
+    fn resume(&mut self) -> Result<(), DeviceError> {
+        self.service.resume().map_err(self.failed("starting a thread"))
+    }
+}
+
+impl NetDevice {
+    fn failed(&self, action: &'static str) -> impl Fn(io::Error) -> DeviceError + use<> {
+        let device = self.shared.name.clone();
+        move |source| DeviceError::Io {
+            device: device.clone(),
+            action,
+            source,
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
-use crate::virtio::buffers::{Buffers, MAX_PIECES};
+use crate::virtio::buffers::Buffers;
 
 /// Length of the header before each frame (virtio 1.2, 5.1.6; with `num_buffers`).
 pub const HEADER: usize = 12;
@@ -124,7 +124,7 @@ impl Tap {
 
     /// Reads one frame with its header.
     pub fn receive(&self, buffers: &Buffers<'_>) -> io::Result<usize> {
-        transfer(buffers, |vectors| {
+        buffers.fill_with(|vectors| {
             // SAFETY: each vector covers memory that `buffers` keeps mapped for this call.
             unsafe { libc::readv(self.fd(), vectors.as_ptr(), vectors.len() as libc::c_int) }
         })
@@ -132,40 +132,9 @@ impl Tap {
 
     /// Sends one frame with its header.
     pub fn send(&self, buffers: &Buffers<'_>) -> io::Result<usize> {
-        transfer(buffers, |vectors| {
+        buffers.take_with(|vectors| {
             // SAFETY: as in `receive`; the kernel only reads from the vectors.
             unsafe { libc::writev(self.fd(), vectors.as_ptr(), vectors.len() as libc::c_int) }
         })
-    }
-}
-
-/// Runs `call` once on the pieces of `buffers`: frames cannot be transferred in parts.
-pub(super) fn transfer(
-    buffers: &Buffers<'_>,
-    call: impl Fn(&[libc::iovec]) -> libc::ssize_t,
-) -> io::Result<usize> {
-    let guards: Vec<_> = buffers
-        .pieces()
-        .iter()
-        .take(MAX_PIECES)
-        .map(|piece| piece.ptr_guard_mut())
-        .collect();
-    let vectors: Vec<libc::iovec> = guards
-        .iter()
-        .map(|guard| libc::iovec {
-            iov_base: guard.as_ptr().cast(),
-            iov_len: guard.len(),
-        })
-        .collect();
-    loop {
-        match usize::try_from(call(&vectors)) {
-            Ok(n) => return Ok(n),
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
-        }
     }
 }

@@ -1,6 +1,12 @@
 //! Bus 0: which function answers to a configuration or memory access.
 
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
 use crate::layout;
+use crate::persist::{Envelope, State, StateError, ensure};
+use crate::virtio::device::DeviceError;
 
 use super::config::{ConfigState, Identity};
 
@@ -21,6 +27,58 @@ pub trait Function: Send {
     fn read_bar(&mut self, offset: u64, data: &mut [u8]);
     /// Writes BAR 0.
     fn write_bar(&mut self, offset: u64, data: &[u8]);
+
+    /// Name of its device, such as `blk-root`.
+    fn name(&self) -> String;
+    /// Stops what it does by itself. Asked again it does nothing.
+    fn suspend(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+    /// Goes on after it was suspended or restored.
+    fn resume(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+    /// State of a suspended function.
+    fn save(&self) -> Result<Envelope, StateError>;
+    /// Takes over a state, or nothing of it where it does not fit. It stays suspended.
+    fn restore(&mut self, state: &Envelope) -> Result<(), StateError>;
+}
+
+/// State of a function that has nothing but a configuration space, version 1.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HeaderState {
+    /// Its configuration space.
+    #[serde(with = "serde_bytes")]
+    config: Vec<u8>,
+}
+
+impl State for HeaderState {
+    const VERSION: u32 = 1;
+}
+
+/// State of the bus with all that is on it, version 1.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BusState {
+    /// The last value written to port 0xCF8.
+    pub address: u32,
+    /// Functions by slot.
+    pub functions: BTreeMap<u8, FunctionState>,
+}
+
+/// One function on the bus.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FunctionState {
+    /// Name of its device.
+    pub name: String,
+    /// Its state.
+    pub state: Envelope,
+}
+
+impl State for BusState {
+    const VERSION: u32 = 1;
 }
 
 /// Address that the machine gives to the BAR of the function in `slot`; the guest may move it.
@@ -42,7 +100,22 @@ impl Function for HostBridge {
     }
     fn read_bar(&mut self, _offset: u64, _data: &mut [u8]) {}
     fn write_bar(&mut self, _offset: u64, _data: &[u8]) {}
+    fn name(&self) -> String {
+        HOST_BRIDGE.to_owned()
+    }
+    fn save(&self) -> Result<Envelope, StateError> {
+        let config = self.0.save();
+        Envelope::seal(HOST_BRIDGE, &HeaderState { config })
+    }
+    fn restore(&mut self, state: &Envelope) -> Result<(), StateError> {
+        let state: HeaderState = state.open(HOST_BRIDGE)?;
+        self.0.restore(HOST_BRIDGE, &state.config)
+    }
 }
+
+const HOST_BRIDGE: &str = "host bridge";
+/// What the bus is called in errors.
+const PART: &str = "pci";
 
 /// Bus 0 with its host bridge in slot 0.
 pub struct Bus {
@@ -137,6 +210,72 @@ impl Bus {
         };
         function.write_bar(offset, data);
         true
+    }
+
+    /// Suspends all functions. Where one fails, those that were suspended stay so.
+    pub fn suspend(&mut self) -> Result<(), DeviceError> {
+        self.functions
+            .iter_mut()
+            .flatten()
+            .try_for_each(|function| function.suspend())
+    }
+
+    /// Has all functions go on, whether or not one of them fails; the first failure is returned.
+    pub fn resume(&mut self) -> Result<(), DeviceError> {
+        self.functions
+            .iter_mut()
+            .flatten()
+            .map(|function| function.resume())
+            .fold(Ok(()), Result::and)
+    }
+
+    /// State of the bus and of all functions, which are suspended.
+    pub fn save(&self) -> Result<BusState, StateError> {
+        let mut functions = BTreeMap::new();
+        for (slot, function) in (0u8..).zip(&self.functions) {
+            if let Some(function) = function {
+                let (name, state) = (function.name(), function.save()?);
+                functions.insert(slot, FunctionState { name, state });
+            }
+        }
+        Ok(BusState {
+            address: self.address,
+            functions,
+        })
+    }
+
+    /// Takes over the state of a bus with the same devices in the same slots.
+    pub fn restore(&mut self, state: &BusState) -> Result<(), StateError> {
+        let mut saved = state.functions.iter();
+        for (slot, function) in (0u8..).zip(&mut self.functions) {
+            let Some(function) = function else { continue };
+            let name = function.name();
+            match saved.next() {
+                Some((at, found)) if *at == slot && found.name == name => {}
+                found => {
+                    let reason = match found {
+                        Some((at, found)) => format!("{} is in slot {at} where", found.name),
+                        None => "nothing is there where".to_owned(),
+                    };
+                    let reason = format!("{reason} {name} in slot {slot} is expected");
+                    return Err(StateError::unfit(PART, reason));
+                }
+            }
+        }
+        let left = saved.next();
+        ensure(left.is_none(), PART, || {
+            let name = left
+                .map(|(_, function)| function.name.as_str())
+                .unwrap_or_default();
+            format!("{name} was saved, and the configuration does not have it")
+        })?;
+        for (slot, saved) in &state.functions {
+            if let Some(function) = &mut self.functions[usize::from(*slot)] {
+                function.restore(&saved.state)?;
+            }
+        }
+        self.address = state.address;
+        Ok(())
     }
 
     fn find(&mut self, address: u64) -> Option<(&mut Box<dyn Function>, u64)> {

@@ -1,5 +1,7 @@
 //! PCI configuration space of a function with a type 0 header (PCI 3.0, 6.1).
 
+use crate::persist::{StateError, ensure};
+
 /// Size of the configuration space without PCI Express extensions, which our functions do not have.
 pub const CONFIG_SIZE: usize = 256;
 
@@ -114,6 +116,36 @@ impl ConfigState {
             self.bytes[BAR0 + 3],
         ]);
         (self.bytes[COMMAND] & COMMAND_MEMORY != 0 && bar != 0).then_some(u64::from(bar))
+    }
+
+    /// What the guest sees of the header and capabilities.
+    pub fn save(&self) -> Vec<u8> {
+        self.bytes.to_vec()
+    }
+
+    /// Takes over what was saved of `part`, if it is of the same function: bits that the guest cannot write
+    /// are the same.
+    pub fn restore(&mut self, part: &str, saved: &[u8]) -> Result<(), StateError> {
+        self.check(part, saved)?;
+        self.bytes.copy_from_slice(saved);
+        Ok(())
+    }
+
+    /// Whether [`ConfigState::restore`] would take it.
+    pub fn check(&self, part: &str, saved: &[u8]) -> Result<(), StateError> {
+        ensure(saved.len() == CONFIG_SIZE, part, || {
+            format!(
+                "its configuration space has {} bytes where {CONFIG_SIZE} are",
+                saved.len()
+            )
+        })?;
+        let offset = (0..CONFIG_SIZE).find(|&at| (saved[at] ^ self.bytes[at]) & !self.writable[at] != 0);
+        ensure(offset.is_none(), part, || {
+            format!(
+                "its configuration space is that of another function (offset {:#x})",
+                offset.unwrap_or_default()
+            )
+        })
     }
 
     fn put(&mut self, offset: usize, bytes: &[u8]) {

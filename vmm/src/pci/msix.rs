@@ -2,7 +2,10 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use super::interrupts::{Message, MessageInterrupt, Router};
+use crate::persist::{StateError, ensure};
 
 /// Size of a table entry.
 pub const ENTRY_SIZE: u64 = 16;
@@ -13,7 +16,8 @@ const FUNCTION_MASK: u16 = 1 << 14;
 const VECTOR_MASK: u32 = 1;
 
 /// One entry of the table as the guest sees it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Entry {
     /// Message to send.
     pub message: Message,
@@ -22,7 +26,8 @@ pub struct Entry {
 }
 
 /// State of a function's MSI-X capability.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct MsixState {
     /// Table.
     pub entries: Vec<Entry>,
@@ -56,6 +61,58 @@ impl Msix {
             }),
             vectors,
         }))
+    }
+
+    /// A copy of the state.
+    pub fn save(&self) -> MsixState {
+        self.lock().clone()
+    }
+
+    /// Whether a state can be that of this table, with the message control that configuration space shows.
+    pub fn check(&self, part: &str, saved: &MsixState, control: u16) -> Result<(), StateError> {
+        let count = self.vectors.len();
+        ensure(
+            saved.entries.len() == count && saved.pending.len() == count,
+            part,
+            || {
+                format!(
+                    "it has {} MSI-X vectors and {} pending bits where {count} of each are",
+                    saved.entries.len(),
+                    saved.pending.len()
+                )
+            },
+        )?;
+        ensure(saved.control == control & (ENABLE | FUNCTION_MASK), part, || {
+            format!(
+                "MSI-X control {:#x} is not what its capability says",
+                saved.control
+            )
+        })?;
+        let unknown = saved
+            .entries
+            .iter()
+            .find(|entry| entry.control & !VECTOR_MASK != 0);
+        ensure(unknown.is_none(), part, || {
+            "an MSI-X vector has control bits that are reserved".to_owned()
+        })
+    }
+
+    /// Takes over a state that was checked and routes its vectors. Nothing is sent.
+    pub fn restore(&self, part: &str, saved: &MsixState) -> Result<(), StateError> {
+        let mut state = self.lock();
+        for (vector, entry) in self.vectors.iter().zip(&saved.entries) {
+            let unmasked =
+                (saved.control & (ENABLE | FUNCTION_MASK) == ENABLE) && entry.control & VECTOR_MASK == 0;
+            if unmasked {
+                vector.route(entry.message).map_err(|source| StateError::Os {
+                    part: part.to_owned(),
+                    action: "routing an MSI-X vector",
+                    source: source.into(),
+                })?;
+            }
+        }
+        *state = saved.clone();
+        Ok(())
     }
 
     /// Number of vectors.

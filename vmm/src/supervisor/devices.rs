@@ -4,6 +4,7 @@ use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use understudy_checkpoint::SavedDisk;
 use understudy_vmm_control::api::{ActivateReport, DiskInfo, InterfaceInfo};
 use understudy_vmm_control::config::{DiskRole, VmConfig};
 
@@ -52,12 +53,14 @@ pub struct Devices {
 }
 
 impl Devices {
-    /// Opens all backends.
+    /// Opens all backends. With `saved` they are those of a session that is resumed: disks must be as it left
+    /// them, and their write sessions are to be begun by the caller.
     pub fn open(
         config: &VmConfig,
         platform: &Platform,
         gates: &Gates,
         counters: &Arc<Counters>,
+        saved: Option<&[SavedDisk]>,
     ) -> Result<Devices, DevicesError> {
         let mut list = Vec::new();
         let mut add = |name: &str, device: Box<dyn VirtioDevice>| {
@@ -85,8 +88,12 @@ impl Devices {
         let mut disks = Vec::new();
         let mut root = None;
         for (index, disk) in config.disks.iter().enumerate() {
-            let opened =
-                Disk::open(disk, config.role).map_err(|source| DevicesError::Disk { index, source })?;
+            let left = saved.and_then(|saved| saved.iter().find(|saved| saved.name == disk.name));
+            let opened = match left {
+                Some(left) => Disk::open_as_left(disk, config.role, &left.layers, left.write_session),
+                None => Disk::open(disk, config.role),
+            }
+            .map_err(|source| DevicesError::Disk { index, source })?;
             let device = BlockDevice::new(opened.clone(), gates.write.clone(), counters.clone());
             add(&platform::disk_name(&disk.name), Box::new(device));
             if disk.role == DiskRole::Root {
@@ -112,6 +119,11 @@ impl Devices {
         &self.root
     }
 
+    /// All disks.
+    pub fn disks(&self) -> &[Arc<Disk>] {
+        &self.disks
+    }
+
     /// A disk by its name.
     pub fn disk(&self, name: &str) -> Option<&Arc<Disk>> {
         self.disks.iter().find(|disk| disk.name() == name)
@@ -125,7 +137,7 @@ impl Devices {
     /// Stops all workers.
     pub fn reset(&self) {
         for (_, device) in &self.list {
-            drop(device.lock().unwrap_or_else(PoisonError::into_inner).reset());
+            device.lock().unwrap_or_else(PoisonError::into_inner).reset();
         }
     }
 

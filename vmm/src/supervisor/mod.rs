@@ -9,6 +9,11 @@ mod disks;
 pub mod fence;
 mod lease;
 mod operations;
+mod precopy;
+pub mod resume;
+mod save;
+mod save_job;
+mod session;
 pub mod validate;
 
 use std::path::PathBuf;
@@ -24,6 +29,7 @@ use understudy_vmm_control::config::{DiskRole, Role, VmConfig};
 use understudy_vmm_control::owner::state_dir;
 
 pub use operations::OperationError;
+pub use resume::ResumeError;
 
 use crate::boot::smbios::Identity;
 use crate::boot::{self, BootError};
@@ -90,15 +96,17 @@ pub struct Supervisor {
     console: ConsoleLog,
     events: Sender<Event>,
     inner: Mutex<Inner>,
-    /// While a boot is being put together: what held before.
-    before_boot: Mutex<Option<VmInfo>>,
+    /// While a boot is put together or a session is paused to be saved: what held before.
+    before: Mutex<Option<VmInfo>>,
+    /// The last save, whatever became of it.
+    last_save: Mutex<Option<Arc<save_job::Job>>>,
     lease_changed: Condvar,
     stop_asked: AtomicBool,
 }
 
 struct Inner {
     kvm: Kvm,
-    ram: GuestRam,
+    ram: Arc<GuestRam>,
     platform: Platform,
     /// Where a clone receives taps.
     handover: Option<Handover>,
@@ -114,6 +122,12 @@ struct Inner {
     activated: Option<(u64, api::ActivateReport)>,
     vcpus_closed: bool,
     lease: Option<Instant>,
+    /// The save that goes on, until the session is saved.
+    saving: Option<Arc<save_job::Job>>,
+    /// The session is saved.
+    saved: Option<save::SavedSession>,
+    /// The guest was resumed, and has not been reset since.
+    resumed: Option<resume::Resumed>,
     boots: u64,
     kernel: Option<String>,
     exit_reason: Option<String>,
@@ -133,7 +147,7 @@ impl Supervisor {
             Role::Clone => None,
         };
         let kvm = Kvm::new().map_err(StartError::Kvm)?;
-        let ram = GuestRam::new(config.memory_mib)?;
+        let ram = Arc::new(GuestRam::new(config.memory_mib)?);
         let platform = Platform::settle(&config, &kvm)?;
         let console = ConsoleLog::open(&config.paths.console).map_err(|source| StartError::Console {
             path: config.paths.console.clone(),
@@ -171,11 +185,15 @@ impl Supervisor {
                 activated: None,
                 vcpus_closed: false,
                 lease: None,
+                saving: None,
+                saved: None,
+                resumed: None,
                 boots: 0,
                 kernel: None,
                 exit_reason: None,
             }),
-            before_boot: Mutex::default(),
+            before: Mutex::default(),
+            last_save: Mutex::default(),
             lease_changed: Condvar::new(),
             stop_asked: AtomicBool::new(false),
             config,
@@ -204,16 +222,16 @@ impl Supervisor {
     }
 
     fn start_locked(&self, inner: &mut Inner) -> Result<(), StartError> {
-        *self.before_boot() = Some(self.describe(inner));
+        *self.before() = Some(self.describe(inner));
         let result = self.assemble(inner);
-        *self.before_boot() = None;
+        *self.before() = None;
         result
     }
 
     fn assemble(&self, inner: &mut Inner) -> Result<(), StartError> {
         let devices = match inner.devices.take() {
             Some(devices) => devices,
-            None => Devices::open(&self.config, &inner.platform, &self.gates, &self.counters)?,
+            None => Devices::open(&self.config, &inner.platform, &self.gates, &self.counters, None)?,
         };
         let devices = inner.devices.insert(devices);
         let payload = boot::find(&self.config.boot, devices.root())?;
@@ -275,7 +293,12 @@ impl Supervisor {
                     self.halt(&mut inner);
                     return orderly;
                 }
-                Event::Guest { boot, .. } if boot != inner.boots || inner.assembly.is_none() => {}
+                Event::Guest { boot, .. }
+                | Event::MemoryComplete { boot }
+                | Event::MemoryDamaged { boot, .. }
+                    if boot != inner.boots || inner.assembly.is_none() => {}
+                Event::MemoryComplete { .. } => self.memory_is_complete(&mut inner),
+                Event::MemoryDamaged { message, .. } => self.memory_is_damaged(&mut inner, &message),
                 // The dormant's guest is paused; what it asked just before is void.
                 Event::Guest { .. } if inner.state == VmState::Dormant => {}
                 Event::Guest { event, .. } => match event {
@@ -301,7 +324,22 @@ impl Supervisor {
     /// Builds the machine anew. Backends of devices live on; a kernel is looked for again.
     fn reset_locked(&self, inner: &mut Inner) {
         tracing::info!("the guest is reset");
+        if let Some(job) = inner.saving.take() {
+            job.overtaken("the guest was reset while it was saved");
+        }
         stop_machine(inner);
+        // Nothing fills RAM from a checkpoint any more, or clearing it would bring the old memory back.
+        if let Some(resumed) = inner.resumed.take()
+            && let Err(error) = resumed.discard()
+        {
+            tracing::error!(%error, "the guest was reset, and its memory cannot be cleared");
+            inner.exit_reason = Some(format!(
+                "the guest was reset, and its memory cannot be cleared: {error}"
+            ));
+            self.halt(inner);
+            inner.state = VmState::Exited;
+            return;
+        }
         if let Err(error) = self.start_locked(inner) {
             let reason = format!("the guest was reset, and does not boot again: {error}");
             tracing::error!(%error, "the guest was reset, and does not boot again");
@@ -313,6 +351,16 @@ impl Supervisor {
 
     /// Ends vCPUs and devices, and makes written data durable.
     fn halt(&self, inner: &mut Inner) {
+        if inner
+            .resumed
+            .as_ref()
+            .is_some_and(|resumed| resumed.error().is_some())
+        {
+            // vCPUs and devices may wait for memory that will never come, and hold what a flush needs: they
+            // end with the process. What the guest was told is durable is so already.
+            std::mem::forget(inner.assembly.take());
+            return;
+        }
         stop_machine(inner);
         if let Some(devices) = &inner.devices {
             devices.stop_merges();
@@ -322,10 +370,10 @@ impl Supervisor {
         }
     }
 
-    /// The answer of `GET /v1/vm`. While a boot reads kernel and initrd, which may take seconds, it is what
-    /// held before, so that a live VMM is never silent.
+    /// The answer of `GET /v1/vm`. While a boot reads kernel and initrd, or the end of a save waits for the
+    /// disk, which may take seconds, it is what held before, so that a live VMM is never silent.
     pub fn info(&self) -> VmInfo {
-        let before = self.before_boot().clone();
+        let before = self.before().clone();
         match before {
             Some(info) => VmInfo {
                 counters: self.counters.report(),
@@ -335,8 +383,8 @@ impl Supervisor {
         }
     }
 
-    fn before_boot(&self) -> MutexGuard<'_, Option<VmInfo>> {
-        self.before_boot.lock().unwrap_or_else(PoisonError::into_inner)
+    fn before(&self) -> MutexGuard<'_, Option<VmInfo>> {
+        self.before.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn describe(&self, inner: &Inner) -> VmInfo {
@@ -359,7 +407,7 @@ impl Supervisor {
                 .as_ref()
                 .map(Devices::interface_info)
                 .unwrap_or_default(),
-            resume: None,
+            resume: inner.resumed.as_ref().map(resume::Resumed::info),
         }
     }
 

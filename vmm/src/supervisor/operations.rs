@@ -178,9 +178,20 @@ impl Supervisor {
         }
     }
 
+    /// What changes disks or owner, or pauses the guest, must not come between the rounds of a save either.
     pub(super) fn must_run(&self, inner: &Inner, operation: &str) -> Result<(), OperationError> {
         match inner.state {
-            VmState::Running | VmState::Paused => Ok(()),
+            VmState::Running | VmState::Paused if inner.saving.is_some() => Err(conflict(format!(
+                "{operation}: the session is being saved; wait for it, or cancel the save first"
+            ))),
+            VmState::Running | VmState::Paused => {
+                match inner.resumed.as_ref().and_then(|from| from.error()) {
+                    None => Ok(()),
+                    Some(error) => Err(conflict(format!(
+                        "{operation}: the guest is paused because its memory is damaged ({error})"
+                    ))),
+                }
+            }
             state => Err(conflict(format!(
                 "{operation}: the machine is {state:?}, neither Running nor Paused"
             ))),

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use understudy_vmm_control::API_VERSION;
-use understudy_vmm_control::config::{Boot, Disk, DiskRole, VmConfig};
+use understudy_vmm_control::config::{Boot, Disk, DiskRole, Role, VmConfig};
 
 /// Most vCPUs of a guest.
 const MAX_CPUS: u8 = 64;
@@ -102,7 +102,14 @@ fn check(config: &VmConfig) -> Result<(), ConfigError> {
     }
     check_disks(&config.disks)?;
     check_networks(config)?;
-    if let Boot::Files { kernel, initrd, .. } = &config.boot {
+    if config.resume.is_some() && config.role != Role::Active {
+        return Err(field(
+            "resume",
+            "a session is resumed by the owner of its guest; set role to Active",
+        ));
+    }
+    // A session that is resumed needs no kernel until the guest resets itself.
+    if let (Boot::Files { kernel, initrd, .. }, None) = (&config.boot, &config.resume) {
         check_file("boot.files.kernel", kernel)?;
         if let Some(initrd) = initrd {
             check_file("boot.files.initrd", initrd)?;

@@ -1,15 +1,23 @@
 //! Memory that a block request reads from or writes to: guest RAM in pieces, or a host buffer.
 
-use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
+use std::io;
+
+use vm_memory::bitmap::{AtomicBitmap, Bitmap, RefSlice};
+use vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileSlice};
+
+use crate::machine::memory::GuestMemoryMmap;
 
 /// Most pieces that one request may have. Linux stays far below (`seg_max`); a driver that sends more
 /// gets an error, so that no request costs unbounded memory.
 pub const MAX_PIECES: usize = 1024;
 
+/// One piece. Guest RAM has a bitmap of the pages that were written, a host buffer has none.
+pub type Piece<'a> = VolatileSlice<'a, Option<RefSlice<'a, AtomicBitmap>>>;
+
 /// An ordered list of memory pieces that is read or written as if it were one buffer.
 #[derive(Clone, Default)]
 pub struct Buffers<'a> {
-    pieces: Vec<VolatileSlice<'a>>,
+    pieces: Vec<Piece<'a>>,
     len: u64,
 }
 
@@ -18,7 +26,7 @@ impl<'a> Buffers<'a> {
     pub fn from_slice(buffer: &'a mut [u8]) -> Buffers<'a> {
         Buffers {
             len: buffer.len() as u64,
-            pieces: vec![VolatileSlice::from(buffer)],
+            pieces: vec![host_piece(buffer)],
         }
     }
 
@@ -30,13 +38,13 @@ impl<'a> Buffers<'a> {
                 .get_slices(address, len as usize, Permissions::ReadWrite)
                 .ok()?
             {
-                buffers.push(slice.ok()?);
+                buffers.push(guest_piece(&slice.ok()?));
             }
         }
         Some(buffers)
     }
 
-    fn push(&mut self, piece: VolatileSlice<'a>) {
+    fn push(&mut self, piece: Piece<'a>) {
         if !piece.is_empty() {
             self.len += piece.len() as u64;
             self.pieces.push(piece);
@@ -53,9 +61,65 @@ impl<'a> Buffers<'a> {
         self.len == 0
     }
 
-    /// The pieces in order.
-    pub fn pieces(&self) -> &[VolatileSlice<'a>] {
-        &self.pieces
+    /// Runs a system call that writes into the first [`MAX_PIECES`] pieces, such as readv, again while it is
+    /// interrupted, and marks what it wrote. Returns how many bytes that were.
+    pub fn fill_with(&self, call: impl FnMut(&mut [libc::iovec]) -> libc::ssize_t) -> io::Result<usize> {
+        let result = self.run(call);
+        match &result {
+            Ok(written) => self.mark_written(*written),
+            // Nothing was there to be written.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            // What a call wrote before it failed is not known.
+            Err(_) => self.mark_written(usize::MAX),
+        }
+        result
+    }
+
+    /// Runs a system call that reads the first [`MAX_PIECES`] pieces, such as writev, again while it is
+    /// interrupted. Returns how many bytes it took.
+    pub fn take_with(&self, call: impl FnMut(&mut [libc::iovec]) -> libc::ssize_t) -> io::Result<usize> {
+        self.run(call)
+    }
+
+    fn run(&self, mut call: impl FnMut(&mut [libc::iovec]) -> libc::ssize_t) -> io::Result<usize> {
+        let guards: Vec<_> = self
+            .pieces
+            .iter()
+            .take(MAX_PIECES)
+            .map(|piece| piece.ptr_guard_mut())
+            .collect();
+        let mut vectors: Vec<libc::iovec> = guards
+            .iter()
+            .map(|guard| libc::iovec {
+                iov_base: guard.as_ptr().cast(),
+                iov_len: guard.len(),
+            })
+            .collect();
+        loop {
+            match usize::try_from(call(&mut vectors)) {
+                Ok(n) => return Ok(n),
+                Err(_) => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Marks the first `len` bytes as written. Only after they were: a page whose mark a save takes before
+    /// the bytes arrive would be saved without them.
+    fn mark_written(&self, len: usize) {
+        let mut rest = len;
+        for piece in &self.pieces {
+            let take = rest.min(piece.len());
+            piece.bitmap().mark_dirty(0, take);
+            rest -= take;
+            if rest == 0 {
+                break;
+            }
+        }
     }
 
     /// The part of `len` bytes at `offset`; what lies beyond the end is left out.
@@ -122,6 +186,24 @@ impl<'a> Buffers<'a> {
     }
 }
 
+fn host_piece(buffer: &mut [u8]) -> Piece<'_> {
+    // SAFETY: the buffer is borrowed for the piece's lifetime, and its pieces are accessed as volatile alone.
+    unsafe { VolatileSlice::with_bitmap(buffer.as_mut_ptr(), buffer.len(), None, None) }
+}
+
+fn guest_piece<'a>(slice: &VolatileSlice<'a, RefSlice<'a, AtomicBitmap>>) -> Piece<'a> {
+    // SAFETY: the same memory for the same lifetime as the slice, which vm-memory made; its mappings are
+    // plain, so that no `MmapInfo` is needed to reach them.
+    unsafe {
+        VolatileSlice::with_bitmap(
+            slice.ptr_guard_mut().as_ptr(),
+            slice.len(),
+            Some(*slice.bitmap()),
+            None,
+        )
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -131,7 +213,7 @@ mod tests {
         let mut rest = bytes;
         for &len in at {
             let (head, tail) = rest.split_at_mut(len);
-            buffers.push(VolatileSlice::from(head));
+            buffers.push(host_piece(head));
             rest = tail;
         }
         buffers

@@ -6,10 +6,11 @@ use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
 use virtio_queue::{Error, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::buffers::{Buffers, MAX_PIECES};
-use super::device::{ActiveQueue, Interrupt};
+use super::device::{ActiveQueue, Interrupt, QueueProgress};
+use crate::machine::memory::GuestMemoryMmap;
 
 /// A descriptor chain, copied out of guest memory once, so that the driver cannot change it under us.
 #[derive(Clone, Debug)]
@@ -223,9 +224,43 @@ impl Ring {
         }
     }
 
-    /// Gives the queue back with its progress.
-    pub fn into_queue(self) -> ActiveQueue {
-        self.queue
+    /// Asks for a notification when the driver offers anything beyond `offered`, whether or not what it had
+    /// offered before was taken; `true` where it has already.
+    pub fn arm_beyond(&mut self, offered: u16) -> bool {
+        self.arm();
+        let queue = &self.queue.queue;
+        if queue.event_idx_enabled() {
+            // avail_event, behind the used ring (virtio 1.2, 2.7.8).
+            let address = queue.used_ring().checked_add(4 + 8 * u64::from(queue.size()));
+            let stored = address.ok_or(Error::AddressOverflow).and_then(|address| {
+                self.memory
+                    .store(offered.to_le(), GuestAddress(address), Ordering::Relaxed)
+                    .map_err(Error::GuestMemory)
+            });
+            if let Err(error) = stored {
+                self.give_up(&error);
+            }
+        }
+        // It was asked for before it is looked, or both sides wait for each other.
+        fence(Ordering::SeqCst);
+        self.offered() != offered
+    }
+
+    /// Position in the available ring of the next chain that the driver will offer, wrapping. It moves with
+    /// every chain that the driver offers.
+    pub fn offered(&mut self) -> u16 {
+        match self.queue.queue.avail_idx(&self.memory, Ordering::Acquire) {
+            Ok(index) => index.0,
+            Err(error) => {
+                self.give_up(&error);
+                0
+            }
+        }
+    }
+
+    /// How far the device is.
+    pub fn progress(&self) -> QueueProgress {
+        QueueProgress::of(self.queue.index, &self.queue.queue)
     }
 
     fn give_up(&mut self, error: &Error) {

@@ -5,11 +5,10 @@ use std::os::fd::AsRawFd;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use vmm_sys_util::eventfd::EventFd;
 
-use super::device::{Activation, ActiveQueue, DeviceError, VirtioDevice};
+use super::device::{Activation, DeviceError, QueueProgress, VirtioDevice};
 use super::ring::Ring;
-use super::worker::{Worker, drain, poll, poll_entry};
+use super::worker::{Service, Stop, Work, drain, poll, poll_entry};
 
 /// Device type (virtio 1.2, 5.4.1).
 const DEVICE_TYPE: u32 = 4;
@@ -19,10 +18,19 @@ const QUEUE_SIZE: u16 = 64;
 /// Most bytes given for one request. A driver must live with fewer than it asked for (5.4.6.1).
 const MAX_REQUEST: u64 = 4096;
 
-/// Gives the guest random numbers.
-#[derive(Default)]
+const NAME: &str = "rng";
+
+/// Gives the guest random numbers. It keeps nothing: what was not given is asked for in the ring.
 pub struct RngDevice {
-    worker: Option<Worker<ActiveQueue>>,
+    service: Service<Requests>,
+}
+
+impl Default for RngDevice {
+    fn default() -> RngDevice {
+        RngDevice {
+            service: Service::new(NAME),
+        }
+    }
 }
 
 impl RngDevice {
@@ -34,7 +42,7 @@ impl RngDevice {
 
 impl VirtioDevice for RngDevice {
     fn name(&self) -> &str {
-        "rng"
+        NAME
     }
 
     fn device_type(&self) -> u32 {
@@ -57,37 +65,56 @@ impl VirtioDevice for RngDevice {
         let got = activation.queues.len();
         let Some(queue) = activation.queues.pop() else {
             return Err(DeviceError::Queues {
-                device: "rng".into(),
+                device: NAME.into(),
                 got,
                 needed: 1,
             });
         };
-        let mut ring = Ring::new(
-            "rng",
+        let ring = Ring::new(
+            NAME,
             &activation.memory,
             &activation.interrupt,
             queue,
             activation.features,
         );
-        let worker = Worker::spawn("rng", move |stop| {
-            run(&mut ring, &stop);
-            ring.into_queue()
-        })
-        .map_err(|source| DeviceError::Io {
-            device: "rng".into(),
-            action: "starting a thread",
-            source,
-        })?;
-        self.worker = Some(worker);
-        Ok(())
+        self.service.start(Requests(ring)).map_err(no_thread)
     }
 
-    fn reset(&mut self) -> Vec<ActiveQueue> {
-        self.worker.take().and_then(Worker::stop).into_iter().collect()
+    fn reset(&mut self) {
+        self.service.stop();
+    }
+
+    fn suspend(&mut self) -> Result<Vec<QueueProgress>, DeviceError> {
+        let requests = self.service.suspend().map_err(|source| DeviceError::Panicked {
+            device: NAME.into(),
+            source,
+        })?;
+        Ok(requests.iter().map(|requests| requests.0.progress()).collect())
+    }
+
+    fn resume(&mut self) -> Result<(), DeviceError> {
+        self.service.resume().map_err(no_thread)
     }
 }
 
-fn run(ring: &mut Ring, stop: &EventFd) {
+fn no_thread(source: io::Error) -> DeviceError {
+    DeviceError::Io {
+        device: NAME.into(),
+        action: "starting a thread",
+        source,
+    }
+}
+
+/// The ring of requests.
+struct Requests(Ring);
+
+impl Work for Requests {
+    fn run(&mut self, stop: &Stop) {
+        run(&mut self.0, stop);
+    }
+}
+
+fn run(ring: &mut Ring, stop: &Stop) {
     loop {
         for _ in 0..ring.size() {
             let Some(chain) = ring.next_chain() else { break };
@@ -142,7 +169,68 @@ fn fill_random(bytes: &mut [u8]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::virtio::testing::{BUFFERS, TestDriver, readable, writable};
+    use crate::virtio::testing::{BUFFERS, Suspendable, TestDriver, readable, suspendable_tests, writable};
+
+    struct Bench {
+        device: RngDevice,
+        driver: TestDriver,
+        begun: Vec<u16>,
+    }
+
+    impl Suspendable for Bench {
+        fn new() -> Bench {
+            let mut device = RngDevice::new();
+            let driver = TestDriver::start(&mut device, 1 << VIRTIO_RING_F_EVENT_IDX);
+            Bench {
+                device,
+                driver,
+                begun: Vec::new(),
+            }
+        }
+
+        fn parts(&mut self) -> (&mut dyn VirtioDevice, &mut TestDriver) {
+            (&mut self.device, &mut self.driver)
+        }
+
+        fn renew(&mut self) {
+            self.device = RngDevice::new();
+        }
+
+        fn act(&mut self, choice: u8) {
+            let head = self.driver.queues[0].offer(&[writable(BUFFERS, u32::from(choice))]);
+            self.driver.queues[0].wait_used(head);
+        }
+
+        fn begin(&mut self) {
+            for _ in 0..5 {
+                self.begun
+                    .push(self.driver.queues[0].offer(&[writable(BUFFERS, 16)]));
+            }
+        }
+
+        fn finish(&mut self) {
+            for head in self.begun.drain(..) {
+                assert_eq!(self.driver.queues[0].wait_used(head), 16);
+            }
+            let queue = &mut self.driver.queues[0];
+            assert_eq!(queue.returned(), queue.offered(), "each once");
+        }
+    }
+
+    suspendable_tests!(Bench);
+
+    #[test]
+    fn what_it_writes_is_marked() {
+        let mut device = RngDevice::new();
+        let mut driver = TestDriver::start(&mut device, 0);
+        driver.forget_writes();
+        let at = BUFFERS + 0x1ff0;
+        let head = driver.queues[0].offer(&[writable(at, 0x20)]);
+        driver.queues[0].wait_used(head);
+        device.suspend().unwrap();
+        assert!(driver.is_marked(at, 0x20) && driver.queues[0].is_marked_used(&driver));
+        assert!(!driver.is_marked(BUFFERS, 1), "what it did not write is not");
+    }
 
     #[test]
     fn buffers_come_back_filled_with_numbers_that_differ() {

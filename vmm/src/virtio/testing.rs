@@ -6,10 +6,12 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::device::{Activation, ActiveQueue, Interrupt, VirtioDevice};
+use super::device::{Activation, ActiveQueue, Interrupt, QueueProgress, VirtioDevice};
+use crate::machine::memory::GuestMemoryMmap;
+use crate::persist::{Envelope, StateError};
 
 /// Nothing in a test takes longer, however busy the machine.
 pub(crate) const SOON: Duration = Duration::from_secs(60);
@@ -160,6 +162,22 @@ impl TestQueue {
         self.done.contains_key(&head)
     }
 
+    /// How many chains were offered.
+    pub(crate) fn offered(&self) -> u16 {
+        self.available
+    }
+
+    /// How many chains the device has returned.
+    pub(crate) fn returned(&mut self) -> u16 {
+        self.collect();
+        self.used
+    }
+
+    /// Whether the used ring's index is marked as written, and its first element.
+    pub(crate) fn is_marked_used(&self, driver: &TestDriver) -> bool {
+        driver.is_marked(self.used_ring() + 2, 2 + 8)
+    }
+
     /// Length written for `head` if the device has returned it.
     pub(crate) fn poll_used(&mut self, head: u16) -> Option<u32> {
         self.collect();
@@ -189,6 +207,7 @@ pub(crate) struct TestDriver {
     pub(crate) memory: GuestMemoryMmap,
     pub(crate) queues: Vec<TestQueue>,
     interrupt: Arc<TestInterrupt>,
+    features: u64,
 }
 
 /// Where a test's buffers start.
@@ -202,6 +221,7 @@ impl TestDriver {
             memory,
             queues: Vec::new(),
             interrupt: Arc::default(),
+            features,
         };
         for (index, &size) in device.queue_sizes().iter().enumerate() {
             driver.queues.push(TestQueue {
@@ -216,25 +236,58 @@ impl TestDriver {
                 interrupt: driver.interrupt.clone(),
             });
         }
-        let queues = driver
-            .queues
-            .iter()
-            .enumerate()
-            .map(|(index, queue)| ActiveQueue {
-                index: index as u16,
-                queue: queue.queue(),
-                notify: queue.notify.try_clone().unwrap(),
-            })
-            .collect();
-        device
-            .activate(Activation {
-                memory: driver.memory.clone(),
-                interrupt: driver.interrupt.clone(),
-                queues,
-                features,
-            })
-            .unwrap();
+        device.activate(driver.activation(&[])).unwrap();
         driver
+    }
+
+    fn activation(&self, progress: &[QueueProgress]) -> Activation {
+        let queues = (0u16..).zip(&self.queues).map(|(index, queue)| {
+            let mut live = queue.queue();
+            if let Some(done) = progress.iter().find(|done| done.index == index) {
+                live.set_next_avail(done.next_avail);
+                live.set_next_used(done.next_used);
+            }
+            ActiveQueue {
+                index,
+                queue: live,
+                notify: queue.notify.try_clone().unwrap(),
+            }
+        });
+        Activation {
+            memory: self.memory.clone(),
+            interrupt: self.interrupt.clone(),
+            queues: queues.collect(),
+            features: self.features,
+            restored: !progress.is_empty(),
+        }
+    }
+
+    /// Has a fresh device take over a state, without starting it.
+    pub(crate) fn restore(device: &mut dyn VirtioDevice, state: &TestState) -> Result<(), StateError> {
+        device.restore(state.own.as_ref(), &state.queues)
+    }
+
+    /// Starts a device that has taken over a state.
+    pub(crate) fn go_on(&self, device: &mut dyn VirtioDevice, state: &TestState) {
+        device.activate(self.activation(&state.queues)).unwrap();
+        for (index, queue) in (0u16..).zip(&self.queues) {
+            // As the transport does.
+            queue.notify.write(1).unwrap();
+            self.interrupt.signal_queue(index);
+        }
+    }
+
+    /// Forgets what was written into guest memory.
+    pub(crate) fn forget_writes(&self) {
+        for region in self.memory.iter() {
+            MmapRegion::bitmap(region).reset();
+        }
+    }
+
+    /// Whether all pages of a range are marked as written.
+    pub(crate) fn is_marked(&self, address: u64, len: usize) -> bool {
+        let region = self.memory.iter().next().unwrap();
+        (address..address + len as u64).all(|at| MmapRegion::bitmap(region).is_addr_set(at as usize))
     }
 
     pub(crate) fn write(&self, address: u64, bytes: &[u8]) {
@@ -247,3 +300,114 @@ impl TestDriver {
         bytes
     }
 }
+
+/// What is saved of a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct TestState {
+    pub(crate) queues: Vec<QueueProgress>,
+    pub(crate) own: Option<Envelope>,
+}
+
+impl TestState {
+    /// Suspends a device and saves it.
+    pub(crate) fn of(device: &mut dyn VirtioDevice) -> TestState {
+        TestState {
+            queues: device.suspend().unwrap(),
+            own: device.save().unwrap(),
+        }
+    }
+}
+
+/// A device with its driver, for [`suspendable_tests`].
+pub(crate) trait Suspendable {
+    /// The device as its driver has started it.
+    fn new() -> Self;
+    /// The device and its driver.
+    fn parts(&mut self) -> (&mut dyn VirtioDevice, &mut TestDriver);
+    /// Puts a fresh device of the same configuration in the place of this one, which is gone before.
+    fn renew(&mut self);
+    /// Something that a driver does, chosen by any number. It is over when this returns, or waits.
+    fn act(&mut self, choice: u8);
+    /// Puts requests into the ring whose end [`Suspendable::finish`] waits for.
+    fn begin(&mut self);
+    /// Waits until what was begun has ended, and checks that it did so once.
+    fn finish(&mut self);
+}
+
+/// What holds for every device that is suspended, saved and restored.
+macro_rules! suspendable_tests {
+    ($bench:ty) => {
+        mod suspendable {
+            use proptest::prelude::*;
+
+            use super::*;
+            use crate::virtio::testing::{Suspendable, TestDriver, TestState};
+
+            proptest! {
+                #![proptest_config(ProptestConfig::with_cases(24))]
+
+                #[test]
+                fn saved_restored_and_saved_again_the_state_is_the_same(
+                    actions in prop::collection::vec(any::<u8>(), 0..12)
+                ) {
+                    let mut bench = <$bench as Suspendable>::new();
+                    for action in actions {
+                        bench.act(action);
+                    }
+                    let saved = TestState::of(bench.parts().0);
+                    prop_assert_eq!(&TestState::of(bench.parts().0), &saved, "suspended twice");
+                    bench.renew();
+                    TestDriver::restore(bench.parts().0, &saved).unwrap();
+                    prop_assert_eq!(bench.parts().0.save().unwrap(), saved.own.clone(), "before it runs");
+                    let (device, driver) = bench.parts();
+                    driver.go_on(device, &saved);
+                    prop_assert_eq!(TestState::of(bench.parts().0), saved, "after it ran");
+                }
+
+                #[test]
+                fn no_state_of_its_own_makes_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
+                    let mut bench = <$bench as Suspendable>::new();
+                    let saved = TestState::of(bench.parts().0);
+                    bench.renew();
+                    let part = "probe";
+                    for own in [
+                        crate::persist::Envelope::from_bytes(part, &bytes).ok(),
+                        Some(crate::persist::Envelope::raw(1, bytes)),
+                        None,
+                    ] {
+                        let state = TestState { own, ..saved.clone() };
+                        if TestDriver::restore(bench.parts().0, &state).is_ok() {
+                            bench.parts().0.save().unwrap();
+                        }
+                    }
+                }
+            }
+
+            #[test]
+            fn requests_in_the_ring_end_once_after_it_was_suspended() {
+                let mut bench = <$bench as Suspendable>::new();
+                bench.parts().0.suspend().unwrap();
+                bench.begin();
+                bench.parts().0.suspend().unwrap();
+                bench.parts().0.resume().unwrap();
+                bench.parts().0.resume().unwrap();
+                bench.finish();
+            }
+
+            #[test]
+            fn requests_in_the_ring_end_once_in_a_device_that_took_over() {
+                let mut bench = <$bench as Suspendable>::new();
+                bench.begin();
+                let saved = TestState::of(bench.parts().0);
+                bench.begin();
+                bench.renew();
+                TestDriver::restore(bench.parts().0, &saved).unwrap();
+                let (device, driver) = bench.parts();
+                driver.go_on(device, &saved);
+                bench.finish();
+            }
+        }
+    };
+}
+
+pub(crate) use suspendable_tests;

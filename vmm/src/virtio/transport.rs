@@ -4,15 +4,20 @@ use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
-use virtio_queue::{Queue, QueueT};
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::{Activation, ActiveQueue, DeviceError, Interrupt, VirtioDevice};
+use super::device::{Activation, ActiveQueue, DeviceError, Interrupt, QueueProgress, VirtioDevice};
+use crate::machine::memory::GuestMemoryMmap;
 use crate::pci::bus::{Function, bar_address};
 use crate::pci::config::{ConfigState, Identity};
 use crate::pci::interrupts::Router;
 use crate::pci::msix::{self, Msix};
+use crate::persist::{Envelope, StateError};
+
+mod persist;
+mod queue;
+
+pub use self::queue::{QueueSetup, TransportState};
 
 /// A device that outlives resets of the machine, in which each boot gets a transport of its own.
 pub type SharedDevice = Arc<Mutex<Box<dyn VirtioDevice>>>;
@@ -46,66 +51,6 @@ const WINDOW_BAR: usize = 4;
 const WINDOW_OFFSET: usize = 8;
 const WINDOW_LENGTH: usize = 12;
 const WINDOW_DATA: usize = 16;
-
-/// One queue as the driver has programmed it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct QueueSetup {
-    /// Entries.
-    pub size: u16,
-    /// MSI-X vector.
-    pub vector: u16,
-    /// Whether the driver has enabled it.
-    pub enabled: bool,
-    /// Address of the descriptor table.
-    pub descriptors: u64,
-    /// Address of the driver area (available ring).
-    pub driver: u64,
-    /// Address of the device area (used ring).
-    pub device: u64,
-}
-
-/// State of the transport's registers, apart from configuration space and MSI-X.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TransportState {
-    /// Device status.
-    pub status: u8,
-    /// Selector of `device_feature`.
-    pub device_feature_select: u32,
-    /// Selector of `driver_feature`.
-    pub driver_feature_select: u32,
-    /// Features that the driver accepts.
-    pub driver_features: u64,
-    /// MSI-X vector of configuration changes.
-    pub config_vector: u16,
-    /// Selected queue.
-    pub queue_select: u16,
-    /// Queues.
-    pub queues: Vec<QueueSetup>,
-}
-
-impl TransportState {
-    fn new(queue_sizes: &[u16]) -> TransportState {
-        TransportState {
-            status: 0,
-            device_feature_select: 0,
-            driver_feature_select: 0,
-            driver_features: 0,
-            config_vector: NO_VECTOR,
-            queue_select: 0,
-            queues: queue_sizes
-                .iter()
-                .map(|size| QueueSetup {
-                    size: *size,
-                    vector: NO_VECTOR,
-                    enabled: false,
-                    descriptors: 0,
-                    driver: 0,
-                    device: 0,
-                })
-                .collect(),
-        }
-    }
-}
 
 /// What the device's threads raise.
 struct Signals {
@@ -143,8 +88,20 @@ pub struct Transport {
     state: TransportState,
     signals: Arc<Signals>,
     notify: Vec<EventFd>,
+    phase: Phase,
     /// Where the BAR's notification addresses are registered with KVM.
     registered: Option<u64>,
+}
+
+/// Whether the device does something by itself.
+enum Phase {
+    /// It does what the driver asks.
+    Running,
+    /// It does nothing; the queues in use are so far.
+    Suspended(Vec<QueueProgress>),
+    /// A saved session was taken over, whose queues in use are so far; the device's own state, too. It is
+    /// started when the machine goes on.
+    Restored(Vec<QueueProgress>),
 }
 
 /// Why a transport could not be made.
@@ -195,6 +152,7 @@ impl Transport {
                 generation: AtomicU8::new(0),
             }),
             notify,
+            phase: Phase::Running,
             registered: None,
         })
     }
@@ -368,7 +326,7 @@ impl Transport {
         }
         self.state.status = status;
         if added & STATUS_DRIVER_OK != 0
-            && let Err(error) = self.activate()
+            && let Err(error) = self.activate(None)
         {
             tracing::error!(%error, "the device does not start; its driver is told to reset it");
             self.state.status |= STATUS_NEEDS_RESET;
@@ -376,58 +334,52 @@ impl Transport {
         }
     }
 
-    fn activate(&mut self) -> Result<(), DeviceError> {
+    /// Starts the device with the queues that the driver has enabled, and their progress if there is any.
+    fn activate(&mut self, progress: Option<&[QueueProgress]>) -> Result<(), DeviceError> {
         let mut device = lock(&self.device);
         let name = device.name().to_owned();
+        if self.state.status & STATUS_FEATURES_OK == 0 {
+            return Err(DeviceError::NoFeatures { device: name });
+        }
+        let failed = |action| {
+            let device = name.clone();
+            move |source| DeviceError::Io {
+                device,
+                action,
+                source,
+            }
+        };
         let mut queues = Vec::new();
-        for (index, setup) in self.state.queues.iter().enumerate() {
+        for (index, setup) in (0u16..).zip(&self.state.queues) {
             if !setup.enabled {
                 continue;
             }
-            let failed = |action, source| DeviceError::Io {
-                device: name.clone(),
-                action,
-                source,
-            };
-            let mut queue =
-                Queue::new(setup.size).map_err(|e| failed("setting up a queue", std::io::Error::other(e)))?;
-            queue.set_size(setup.size);
-            let halves = |address: u64| (Some(address as u32), Some((address >> 32) as u32));
-            let (low, high) = halves(setup.descriptors);
-            queue.set_desc_table_address(low, high);
-            let (low, high) = halves(setup.driver);
-            queue.set_avail_ring_address(low, high);
-            let (low, high) = halves(setup.device);
-            queue.set_used_ring_address(low, high);
-            queue.set_event_idx(self.state.driver_features & RING_EVENT_IDX != 0);
-            queue.set_ready(true);
-            if !queue.is_valid(&self.memory) {
-                return Err(failed(
-                    "setting up a queue",
-                    std::io::Error::other("the driver placed it outside of RAM"),
-                ));
-            }
-            let notify = self.notify[index]
+            let done = progress.and_then(|queues| queues.iter().find(|queue| queue.index == index));
+            let queue = setup
+                .queue(
+                    &self.memory,
+                    self.state.driver_features & RING_EVENT_IDX != 0,
+                    done,
+                )
+                .map_err(|reason| failed("setting up a queue")(std::io::Error::other(reason)))?;
+            let notify = self.notify[usize::from(index)]
                 .try_clone()
-                .map_err(|source| failed("duplicating an eventfd", source))?;
-            queues.push(ActiveQueue {
-                index: index as u16,
-                queue,
-                notify,
-            });
+                .map_err(failed("duplicating an eventfd"))?;
+            queues.push(ActiveQueue { index, queue, notify });
         }
         device.activate(Activation {
             memory: self.memory.clone(),
             interrupt: self.signals.clone(),
             queues,
             features: self.state.driver_features,
+            restored: progress.is_some(),
         })
     }
 
     fn reset(&mut self) {
         let mut device = lock(&self.device);
-        // The driver sets the queues up anew: their progress is of no use to it.
-        drop(device.reset());
+        device.reset();
+        self.phase = Phase::Running;
         self.state = TransportState::new(device.queue_sizes());
         drop(device);
         for vector in &self.signals.queue_vectors {
@@ -513,6 +465,26 @@ impl Function for Transport {
             TABLE => self.signals.msix.write_table(within, data),
             _ => {}
         }
+    }
+
+    fn name(&self) -> String {
+        lock(&self.device).name().to_owned()
+    }
+
+    fn suspend(&mut self) -> Result<(), DeviceError> {
+        self.suspend_device()
+    }
+
+    fn resume(&mut self) -> Result<(), DeviceError> {
+        self.resume_device()
+    }
+
+    fn save(&self) -> Result<Envelope, StateError> {
+        self.save_state()
+    }
+
+    fn restore(&mut self, state: &Envelope) -> Result<(), StateError> {
+        self.restore_state(state)
     }
 }
 

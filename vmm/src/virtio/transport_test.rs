@@ -3,11 +3,12 @@
 use std::sync::Mutex;
 
 use kvm_ioctls::Kvm;
+use virtio_queue::QueueT;
 
 use super::*;
 use crate::machine::memory::GuestRam;
 
-const FEATURE: u64 = 1 << 5;
+pub(super) const FEATURE: u64 = 1 << 5;
 
 /// A device that only remembers what happened to it.
 #[derive(Default)]
@@ -43,24 +44,29 @@ impl VirtioDevice for Probe {
         *self.active.lock().unwrap() = Some(activation);
         Ok(())
     }
-    fn reset(&mut self) -> Vec<ActiveQueue> {
-        self.active
-            .lock()
-            .unwrap()
-            .take()
-            .map(|activation| activation.queues)
-            .unwrap_or_default()
+    fn reset(&mut self) {
+        *self.active.lock().unwrap() = None;
+    }
+    fn suspend(&mut self) -> Result<Vec<QueueProgress>, DeviceError> {
+        let active = self.active.lock().unwrap();
+        let queues = active.iter().flat_map(|activation| &activation.queues);
+        Ok(queues
+            .map(|queue| QueueProgress::of(queue.index, &queue.queue))
+            .collect())
+    }
+    fn resume(&mut self) -> Result<(), DeviceError> {
+        Ok(())
     }
 }
 
-struct Fixture {
-    transport: Transport,
-    active: Arc<Mutex<Option<Activation>>>,
+pub(super) struct Fixture {
+    pub(super) transport: Transport,
+    pub(super) active: Arc<Mutex<Option<Activation>>>,
     _ram: GuestRam,
 }
 
 impl Fixture {
-    fn new(fail: bool) -> Option<Fixture> {
+    pub(super) fn new(fail: bool) -> Option<Fixture> {
         let Ok(kvm) = Kvm::new() else {
             eprintln!("SKIPPED: /dev/kvm cannot be opened");
             return None;
@@ -83,18 +89,18 @@ impl Fixture {
         })
     }
 
-    fn read(&mut self, offset: u64, size: usize) -> u64 {
+    pub(super) fn read(&mut self, offset: u64, size: usize) -> u64 {
         let mut bytes = [0; 8];
         self.transport.read_bar(offset, &mut bytes[..size]);
         u64::from_le_bytes(bytes)
     }
 
-    fn write(&mut self, offset: u64, size: usize, value: u64) {
+    pub(super) fn write(&mut self, offset: u64, size: usize, value: u64) {
         self.transport.write_bar(offset, &value.to_le_bytes()[..size]);
     }
 
     /// Goes as far as FEATURES_OK; returns the status as read back.
-    fn negotiate(&mut self, features: u64) -> u64 {
+    pub(super) fn negotiate(&mut self, features: u64) -> u64 {
         for status in [0, 1, 3] {
             self.write(0x14, 1, status);
         }
@@ -106,7 +112,7 @@ impl Fixture {
         self.read(0x14, 1)
     }
 
-    fn set_up_queue(&mut self, index: u64, size: u64, base: u64) {
+    pub(super) fn set_up_queue(&mut self, index: u64, size: u64, base: u64) {
         self.write(0x16, 2, index);
         self.write(0x18, 2, size);
         self.write(0x1a, 2, index + 1);
@@ -117,12 +123,12 @@ impl Fixture {
         self.write(0x1c, 2, 1);
     }
 
-    fn enable_msix(&mut self, control: u16) {
+    pub(super) fn enable_msix(&mut self, control: u16) {
         let at = self.transport.msix_capability + 2;
         self.transport.write_config(at, &control.to_le_bytes());
     }
 
-    fn pending(&mut self) -> u64 {
+    pub(super) fn pending(&mut self) -> u64 {
         self.read(PENDING, 8)
     }
 }

@@ -11,7 +11,7 @@ use super::packet::{
     Header, OP_CREDIT_UPDATE, OP_REQUEST, OP_RESPONSE, OP_RST, OP_SHUTDOWN, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE,
     SHUTDOWN_SEND,
 };
-use crate::virtio::buffers::{Buffers, MAX_PIECES};
+use crate::virtio::buffers::Buffers;
 
 /// Buffer space that the guest gets for each connection: what it may have sent beyond what the host's
 /// program has taken.
@@ -300,9 +300,10 @@ impl Connection {
 
     /// Writes what the stream takes; 0 (and not writable any more) when it is full.
     fn send(&mut self, data: &Buffers<'_>) -> Result<usize, MustReset> {
-        match transfer(data, |message| {
+        match data.take_with(|vectors| {
+            let message = message(vectors);
             // SAFETY: the message's vectors cover memory that `data` keeps mapped for this call.
-            unsafe { libc::sendmsg(self.stream.as_raw_fd(), message, libc::MSG_NOSIGNAL) }
+            unsafe { libc::sendmsg(self.stream.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) }
         }) {
             Ok(n) => Ok(n),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -332,9 +333,10 @@ impl Connection {
     /// Reads data for the guest into its buffer.
     pub fn receive(&mut self, room: &Buffers<'_>) -> Result<Received, MustReset> {
         let want = room.part(0, u64::from(self.credit().min(MAX_PACKET)));
-        match transfer(&want, |message| {
+        match want.fill_with(|vectors| {
+            let mut message = message(vectors);
             // SAFETY: the message's vectors cover memory that `want` keeps mapped for this call.
-            unsafe { libc::recvmsg(self.stream.as_raw_fd(), message, 0) }
+            unsafe { libc::recvmsg(self.stream.as_raw_fd(), &raw mut message, 0) }
         }) {
             Ok(0) => {
                 self.host_shutdown |= SHUTDOWN_SEND;
@@ -407,34 +409,11 @@ impl Connection {
     }
 }
 
-/// Runs sendmsg or recvmsg on the pieces of `data`.
-fn transfer(data: &Buffers<'_>, call: impl Fn(*mut libc::msghdr) -> libc::ssize_t) -> io::Result<usize> {
-    let guards: Vec<_> = data
-        .pieces()
-        .iter()
-        .take(MAX_PIECES)
-        .map(|piece| piece.ptr_guard_mut())
-        .collect();
-    let mut vectors: Vec<libc::iovec> = guards
-        .iter()
-        .map(|guard| libc::iovec {
-            iov_base: guard.as_ptr().cast(),
-            iov_len: guard.len(),
-        })
-        .collect();
-    // SAFETY: all-zero is a valid msghdr: no name, no vectors, no control data.
+/// A message of these pieces: no name, no control data.
+fn message(vectors: &mut [libc::iovec]) -> libc::msghdr {
+    // SAFETY: all-zero is a valid msghdr.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = vectors.as_mut_ptr();
     message.msg_iovlen = vectors.len();
-    loop {
-        match usize::try_from(call(&mut message)) {
-            Ok(n) => return Ok(n),
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
-        }
-    }
+    message
 }

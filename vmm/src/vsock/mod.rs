@@ -3,9 +3,11 @@
 //! A program of the host connects to the device's socket, writes `CONNECT <port>\n` and reads
 //! `OK <n>\n` once the guest has accepted; what the guest connects to on CID 2, port N, goes to the
 //! listener at `<socket>_<N>`. While no driver runs in the guest, connections wait unanswered; a reset of
-//! the driver or machine ends all that there are.
+//! the driver or machine ends all that there are. So does the resuming of a saved session: the guest is told
+//! by a transport reset, connects anew, and its listeners stay.
 
 mod connection;
+mod events;
 mod mux;
 mod packet;
 
@@ -14,15 +16,19 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use understudy_vmm_control::config;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use self::mux::Mux;
-use crate::virtio::device::{Activation, ActiveQueue, DeviceError, VirtioDevice};
+use self::events::Events;
+use self::mux::{FIRST_HOST_PORT, Mux};
+use crate::persist::{Envelope, State, StateError, ensure};
+use crate::virtio::device::{Activation, ActiveQueue, DeviceError, QueueProgress, VirtioDevice};
 use crate::virtio::ring::{Ring, read_config_bytes};
-use crate::virtio::worker::Worker;
+use crate::virtio::worker::Service;
 
 /// Device type (virtio 1.2, 5.10.1).
 const DEVICE_TYPE: u32 = 19;
@@ -31,6 +37,23 @@ const DEVICE_TYPE: u32 = 19;
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 
 const NAME: &str = "vsock";
+
+/// How long a resumed guest's driver may take to hear that its connections are gone, before new ones begin.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// What the device keeps beyond its queues' progress, version 1. Connections are not kept: the host's ends of
+/// them are programs that are gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VsockState {
+    /// Host port of the next connection that the host begins. It goes on, so that a new connection does not
+    /// get the ports of an old one that the guest has yet to give up.
+    next_port: u32,
+}
+
+impl State for VsockState {
+    const VERSION: u32 = 1;
+}
 
 /// Why the device could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -55,7 +78,10 @@ pub struct VsockDevice {
     cid: u64,
     socket: PathBuf,
     listener: Arc<UnixListener>,
-    worker: Option<Worker<Vec<ActiveQueue>>>,
+    service: Service<Mux>,
+    /// Of a restored session, until the device is started with it.
+    restored: Option<VsockState>,
+    patience: Duration,
 }
 
 impl VsockDevice {
@@ -81,7 +107,9 @@ impl VsockDevice {
             cid: config.cid,
             socket: path.clone(),
             listener: Arc::new(listener),
-            worker: None,
+            service: Service::new(NAME),
+            restored: None,
+            patience: PATIENCE,
         })
     }
 }
@@ -113,6 +141,7 @@ impl VirtioDevice for VsockDevice {
             interrupt,
             queues,
             features,
+            restored,
         } = activation;
         let got = queues.len();
         let Ok([rx, tx, event]) = <[ActiveQueue; 3]>::try_from(queues) else {
@@ -122,29 +151,66 @@ impl VirtioDevice for VsockDevice {
                 needed: QUEUE_SIZES.len(),
             });
         };
-        let io = |action| {
-            move |source| DeviceError::Io {
-                device: NAME.into(),
-                action,
-                source,
-            }
-        };
+        let next_port = self.restored.take().map(|state| state.next_port);
         let mux = Mux::new(
             self.cid,
             &self.socket,
             self.listener.clone(),
             Ring::new(NAME, &memory, &interrupt, rx, features),
             Ring::new(NAME, &memory, &interrupt, tx, features),
-            event,
+            Events::new(
+                Ring::new(NAME, &memory, &interrupt, event, features),
+                restored.then_some(self.patience),
+            ),
+            next_port.unwrap_or(FIRST_HOST_PORT),
         )
-        .map_err(io("making an epoll"))?;
-        let worker = Worker::spawn(NAME, move |stop| mux.run(&stop)).map_err(io("starting a thread"))?;
-        self.worker = Some(worker);
-        Ok(())
+        .map_err(failed("making an epoll"))?;
+        self.service.start(mux).map_err(failed("starting a thread"))
     }
 
-    fn reset(&mut self) -> Vec<ActiveQueue> {
-        self.worker.take().and_then(Worker::stop).unwrap_or_default()
+    fn reset(&mut self) {
+        self.service.stop();
+        self.restored = None;
+    }
+
+    fn suspend(&mut self) -> Result<Vec<QueueProgress>, DeviceError> {
+        let mux = self.service.suspend().map_err(|source| DeviceError::Panicked {
+            device: NAME.into(),
+            source,
+        })?;
+        Ok(mux.map(Mux::progress).unwrap_or_default())
+    }
+
+    fn resume(&mut self) -> Result<(), DeviceError> {
+        self.service.resume().map_err(failed("starting a thread"))
+    }
+
+    fn save(&self) -> Result<Option<Envelope>, StateError> {
+        let state = match self.service.suspended() {
+            Some(mux) => Some(VsockState {
+                next_port: mux.next_port(),
+            }),
+            None => self.restored,
+        };
+        state.map(|state| Envelope::seal(NAME, &state)).transpose()
+    }
+
+    fn restore(&mut self, own: Option<&Envelope>, _queues: &[QueueProgress]) -> Result<(), StateError> {
+        let own = own.ok_or_else(|| StateError::unfit(NAME, "it lacks the port of the next connection"))?;
+        let state: VsockState = own.open(NAME)?;
+        ensure(state.next_port >= FIRST_HOST_PORT, NAME, || {
+            format!("port {} is not one of the host's connections", state.next_port)
+        })?;
+        self.restored = Some(state);
+        Ok(())
+    }
+}
+
+fn failed(action: &'static str) -> impl Fn(io::Error) -> DeviceError {
+    move |source| DeviceError::Io {
+        device: NAME.into(),
+        action,
+        source,
     }
 }
 

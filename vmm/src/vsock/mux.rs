@@ -8,17 +8,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::connection::{Connection, Greeting, MAX_PACKET, Ports, Received};
+use super::events::Events;
 use super::packet::{
     HEADER, HOST_CID, Header, OP_CREDIT_REQUEST, OP_CREDIT_UPDATE, OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW,
     OP_SHUTDOWN, TYPE_STREAM,
 };
 use crate::virtio::buffers::Buffers;
-use crate::virtio::device::ActiveQueue;
+use crate::virtio::device::QueueProgress;
 use crate::virtio::ring::{Chain, Ring};
-use crate::virtio::worker::{drain, poll, poll_entry};
+use crate::virtio::worker::{Stop, Work, drain, poll, poll_entry};
 
 /// Most connections at a time. With 256 KiB of buffer each, the guest can make us keep 64 MiB at most.
 pub(super) const MAX_CONNECTIONS: usize = 256;
@@ -27,7 +27,7 @@ pub(super) const MAX_CONNECTIONS: usize = 256;
 const MAX_RESETS: usize = 256;
 
 /// Host ports of connections that the host began, so that they differ from well-known ones.
-const FIRST_HOST_PORT: u32 = 1 << 30;
+pub(super) const FIRST_HOST_PORT: u32 = 1 << 30;
 
 /// How long accepting rests after it failed.
 const ACCEPT_RETRY_MS: i32 = 1000;
@@ -36,6 +36,7 @@ const STOP: u64 = 0;
 const RX: u64 = 1;
 const TX: u64 = 2;
 const LISTENER: u64 = 3;
+const EVENT: u64 = 4;
 const FIRST_CONNECTION: u64 = 16;
 
 /// The running multiplexer.
@@ -49,7 +50,7 @@ pub(super) struct Mux {
     epoll: Epoll,
     rx: Ring,
     tx: Ring,
-    event: ActiveQueue,
+    events: Events,
     connections: HashMap<u64, Connection>,
     by_ports: HashMap<Ports, u64>,
     /// Connections that have something for the guest, in turn.
@@ -59,6 +60,22 @@ pub(super) struct Mux {
     next_port: u32,
 }
 
+impl Work for Mux {
+    /// Connections stay as they are when it ends; dropping it ends them.
+    fn run(&mut self, stop: &Stop) {
+        if let Err(error) = self.work(stop) {
+            tracing::error!(%error, "the vsock device stopped working");
+        }
+        // The next thread has a stop of its own; what was watched besides stays watched.
+        if let Err(error) = self
+            .epoll
+            .ctl(ControlOperation::Delete, stop.as_raw_fd(), EpollEvent::default())
+        {
+            tracing::error!(%error, "the vsock device's old thread stays watched");
+        }
+    }
+}
+
 impl Mux {
     pub(super) fn new(
         cid: u64,
@@ -66,9 +83,10 @@ impl Mux {
         listener: Arc<UnixListener>,
         rx: Ring,
         tx: Ring,
-        event: ActiveQueue,
+        events: Events,
+        next_port: u32,
     ) -> io::Result<Mux> {
-        Ok(Mux {
+        let mux = Mux {
             cid,
             socket: socket.to_owned(),
             listener,
@@ -77,36 +95,46 @@ impl Mux {
             epoll: Epoll::new()?,
             rx,
             tx,
-            event,
+            events,
             connections: HashMap::new(),
             by_ports: HashMap::new(),
             ready: VecDeque::new(),
             resets: VecDeque::new(),
             next_id: FIRST_CONNECTION,
-            next_port: FIRST_HOST_PORT,
-        })
+            next_port,
+        };
+        mux.watch(mux.rx.event().as_raw_fd(), EventSet::IN, RX)?;
+        mux.watch(mux.tx.event().as_raw_fd(), EventSet::IN, TX)?;
+        mux.watch(mux.events.ring().event().as_raw_fd(), EventSet::IN, EVENT)?;
+        Ok(mux)
     }
 
-    /// Runs until `stop`; gives the queues back. All connections end.
-    pub(super) fn run(mut self, stop: &EventFd) -> Vec<ActiveQueue> {
-        if let Err(error) = self.work(stop) {
-            tracing::error!(%error, "the vsock device stopped working");
-        }
-        vec![self.rx.into_queue(), self.tx.into_queue(), self.event]
+    /// How far the queues are.
+    pub(super) fn progress(&self) -> Vec<QueueProgress> {
+        [&self.rx, &self.tx, self.events.ring()]
+            .map(Ring::progress)
+            .into()
     }
 
-    fn work(&mut self, stop: &EventFd) -> io::Result<()> {
+    /// Host port of the next connection that the host begins.
+    pub(super) fn next_port(&self) -> u32 {
+        self.next_port
+    }
+
+    fn work(&mut self, stop: &Stop) -> io::Result<()> {
         self.watch(stop.as_raw_fd(), EventSet::IN, STOP)?;
-        self.watch(self.rx.event().as_raw_fd(), EventSet::IN, RX)?;
-        self.watch(self.tx.event().as_raw_fd(), EventSet::IN, TX)?;
         let mut events = vec![EpollEvent::default(); 64];
         loop {
             self.update_listening()?;
+            let quiet = self.events.tell_transport_reset();
             self.take_from_guest();
-            self.give_to_guest();
-            let timeout = match self.accept_failed {
-                true => ACCEPT_RETRY_MS,
-                false => -1,
+            if quiet.is_none() {
+                self.give_to_guest();
+            }
+            let timeout = match (quiet, self.accept_failed) {
+                (Some(quiet), _) => quiet.as_millis().saturating_add(1).min(1000) as i32,
+                (None, true) => ACCEPT_RETRY_MS,
+                (None, false) => -1,
             };
             let waited = self.epoll.wait(timeout, &mut events);
             self.accept_failed = false;
@@ -119,6 +147,7 @@ impl Mux {
                     STOP => return Ok(()),
                     RX => drain(self.rx.event()),
                     TX => drain(self.tx.event()),
+                    EVENT => drain(self.events.ring().event()),
                     LISTENER => self.accept(),
                     id => self.stream_ready(id, event.event_set()),
                 }

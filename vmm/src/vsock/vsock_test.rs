@@ -382,7 +382,7 @@ fn half_closed_streams_carry_the_other_half_to_its_end() {
 fn a_reset_of_the_device_ends_all_streams_and_new_ones_work() {
     let mut guest = Guest::new();
     let (mut first, _) = guest.established();
-    assert_eq!(guest.device.reset().len(), 3);
+    guest.device.reset();
     assert_eq!(first.read(&mut [0; 1]).unwrap(), 0);
     // Who gave up while there was no guest is not passed on.
     drop(guest.connect());
@@ -464,8 +464,7 @@ proptest! {
         guest.driver.queues[0].offer(&[readable(address, 44)]);
         guest.receiving.clear();
         drop(listener);
-        let queues = guest.device.reset();
-        prop_assert_eq!(queues.len(), 3);
+        guest.device.reset();
         guest.driver = TestDriver::start(&mut guest.device, guest.features);
         for i in 0..8 {
             guest.offer_buffer(BUFFERS + 0x10000 + u64::from(i * RX_BUFFER));
@@ -473,3 +472,6 @@ proptest! {
         guest.established();
     }
 }
+
+#[path = "suspend_test.rs"]
+mod suspend;

@@ -89,12 +89,15 @@ unsafe extern "C" {
     static tiny_kernel_end: u8;
 }
 
-/// A bzImage of the code above.
-fn bzimage() -> Vec<u8> {
+fn tiny_kernel() -> &'static [u8] {
     let start = &raw const tiny_kernel_start;
     let end = &raw const tiny_kernel_end;
     // SAFETY: both symbols are in one block of assembly in this file, in this order.
-    let code = unsafe { std::slice::from_raw_parts(start, end.offset_from(start) as usize) };
+    unsafe { std::slice::from_raw_parts(start, end.offset_from(start) as usize) }
+}
+
+/// A bzImage of `code`.
+fn bzimage(code: &[u8]) -> Vec<u8> {
     let mut image = vec![0u8; 0x400];
     image[0x1f1] = 1;
     image[0x202..0x206].copy_from_slice(b"HdrS");
@@ -129,11 +132,16 @@ pub struct Guest {
 impl Guest {
     /// A disk owned by incarnation 1, and the kernel.
     pub fn new() -> Guest {
+        Guest::with_kernel(tiny_kernel())
+    }
+
+    /// The same with another kernel.
+    pub fn with_kernel(code: &[u8]) -> Guest {
         let guest = Guest {
             dir: tempfile::tempdir().unwrap(),
         };
         fs::write(guest.path("disk.raw"), vec![0u8; 1 << 20]).unwrap();
-        fs::write(guest.path("vmlinuz"), bzimage()).unwrap();
+        fs::write(guest.path("vmlinuz"), bzimage(code)).unwrap();
         fs::create_dir(guest.state_dir()).unwrap();
         guest.own(1, 1);
         guest
@@ -191,6 +199,8 @@ impl Guest {
     /// Starts a VMM and waits until it answers or ends.
     pub fn start(&self, config: &serde_json::Value) -> Vmm {
         let incarnation = config["incarnation"].as_u64().unwrap();
+        // A process that was killed leaves its socket behind.
+        let _ = fs::remove_file(config["paths"]["control"].as_str().unwrap());
         let file = self.path(&format!("{incarnation}-config.json"));
         fs::write(&file, config.to_string()).unwrap();
         let log = self.path(&format!("{incarnation}-stderr.log"));

@@ -3,5 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
+mod figures;
 mod handover;
 mod machine;
+mod payload;
+mod session;

@@ -222,6 +222,7 @@ impl Effects for World {
             let provider_problem = world
                 .provider_missing
                 .then(|| "there is no credential provider of that name".to_owned());
+            let blind = world.is(Mutation::QuiesceIgnoresOperations);
             let guests = (0..world.guests.len())
                 .filter(|index| !world.guests[*index].vms.is_empty())
                 .map(|index| {
@@ -230,7 +231,7 @@ impl Effects for World {
                     let busy = world
                         .operations
                         .iter()
-                        .find(|(flying, _)| flying.guest == guest.guest);
+                        .find(|(flying, _)| flying.guest == guest.guest && !blind);
                     FoundGuest {
                         guest: guest.guest.clone(),
                         uid: guest.uid.clone(),
@@ -388,7 +389,12 @@ impl Effects for World {
         self.perform(|world| {
             world.note(Event::RebootAsked);
             world.assert_saved("rebooted");
-            let delay = world.rng.range(100 * MS, 20 * SECOND);
+            // Some take longer than anybody waits.
+            let slow = world.slow_reboots && world.rng.chance(250);
+            let delay = match slow {
+                true => world.rng.range(50 * SECOND, 250 * SECOND),
+                false => world.rng.range(100 * MS, 20 * SECOND),
+            };
             match world.reboot_fate {
                 RebootFate::Refused => {
                     return Err(EffectError::new(ErrorKind::Refused, "systemd refused the reboot"));

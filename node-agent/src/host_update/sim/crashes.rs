@@ -30,6 +30,11 @@ fn play_or_tell(scenario: &Scenario) -> Ended {
     }
 }
 
+/// Whether every session goes on after the reboot.
+fn goes_on(ended: &Ended) -> bool {
+    ended.verdict.phase == NodeUpdatePhase::Resumed
+}
+
 #[test]
 fn one_host_seed() {
     if let Ok(seed) = std::env::var("UNDERSTUDY_SIM_SEED") {
@@ -48,12 +53,7 @@ fn a_crash_of_the_agent_at_any_point_costs_no_session() {
                 let mut scenario = base(seed);
                 scenario.crash_at = vec![point];
                 let ended = play_or_tell(&scenario);
-                assert_eq!(
-                    ended.verdict.phase,
-                    NodeUpdatePhase::Resumed,
-                    "seed {seed}, point {point}: {:?}",
-                    ended.verdict
-                );
+                assert!(goes_on(&ended), "seed {seed}, point {point}: {:?}", ended.verdict);
             }
         }
     }

@@ -53,7 +53,7 @@ pub fn judge(scenario: &Scenario, world: &World, update: &Update) {
         && scenario.command_fate == CommandFate::Good
         && scenario.operations.is_empty()
         && !scenario.provider_missing;
-    if untouched && scenario.waits >= 30 * SECOND {
+    if untouched && !scenario.slow_reboots && scenario.waits >= 30 * SECOND {
         assert_eq!(
             verdict.phase,
             NodeUpdatePhase::Resumed,

@@ -36,6 +36,7 @@ pub struct Scenario {
     pub save_fates: Vec<SaveFate>,
     pub resume_fates: Vec<ResumeFate>,
     pub reboot_fate: RebootFate,
+    pub slow_reboots: bool,
     pub command_fate: CommandFate,
     pub provider_missing: bool,
     pub operations: Vec<(Phase, i64)>,
@@ -57,6 +58,7 @@ impl Scenario {
             save_fates: Vec::new(),
             resume_fates: Vec::new(),
             reboot_fate: RebootFate::Comes,
+            slow_reboots: false,
             command_fate: CommandFate::Good,
             provider_missing: false,
             operations: Vec::new(),
@@ -100,6 +102,7 @@ impl Scenario {
                 _ => ResumeFate::Good,
             });
         }
+        scenario.slow_reboots = true;
         scenario.reboot_fate = match rng.below(12) {
             0 => RebootFate::Never,
             1 => RebootFate::Refused,
@@ -234,6 +237,7 @@ pub fn play(scenario: &Scenario) -> Ended {
     world.mutation = scenario.mutation;
     world.trouble = scenario.trouble;
     world.reboot_fate = scenario.reboot_fate;
+    world.slow_reboots = scenario.slow_reboots;
     world.command_fate = scenario.command_fate;
     world.provider_missing = scenario.provider_missing;
     for (index, guest) in world.guests.iter_mut().enumerate() {

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::super::hold::hold;
 use super::super::quiesce::InFlight;
-use super::super::record::Update;
+use super::super::record::{Step, Update};
 use super::mutations::Mutation;
 use crate::handover::sim::rng::Rng;
 
@@ -230,6 +230,8 @@ pub struct World {
     pub command: Option<i64>,
     pub command_fate: CommandFate,
     pub reboot_fate: RebootFate,
+    /// Whether the host may take longer to go down than anybody waits.
+    pub slow_reboots: bool,
     pub operations: Vec<(InFlight, i64)>,
     pub quiesced: bool,
     pub faults: Vec<(i64, Fault)>,
@@ -265,6 +267,7 @@ impl World {
             command: None,
             command_fate: CommandFate::Good,
             reboot_fate: RebootFate::Comes,
+            slow_reboots: false,
             operations: Vec::new(),
             quiesced: false,
             faults: Vec::new(),
@@ -393,7 +396,16 @@ impl World {
             let (_, fault) = self.faults.remove(at);
             self.befall(fault);
         }
-        if self.going_down.is_some_and(|going| going.at <= now) {
+        if let Some(going) = self.going_down.filter(|going| going.at <= now) {
+            let update = self.shared.update.borrow();
+            let called_off = update
+                .as_ref()
+                .is_some_and(|update| update.undo.is_some() && update.step > Step::CallOff);
+            assert!(
+                !(going.is_ours && called_off),
+                "the host is rebooted although that was called off"
+            );
+            drop(update);
             self.host_reboots();
         }
     }
@@ -514,8 +526,16 @@ impl World {
         self.now += self.rng.range(2 * SECOND, 40 * SECOND);
         self.booted_at = self.now;
         self.shared.host_is_down.set(true);
-        // The power has left, and comes back for good: runs end.
-        self.faults.retain(|(at, _)| *at > self.now);
+        // Meanwhile nothing befalls a host that is down, but what ends by itself has ended.
+        let now = self.now;
+        let (missed, to_come) = self.faults.iter().partition(|(at, _)| *at <= now);
+        self.faults = to_come;
+        let missed: Vec<(i64, Fault)> = missed;
+        for (_, fault) in missed {
+            if matches!(fault, Fault::JournalFull(false) | Fault::ProviderSilent(false)) {
+                self.befall(fault);
+            }
+        }
     }
 
     /// The guest manager: boots what does not run and may.

@@ -1,0 +1,131 @@
+//! One save, as its thread and the control API share it.
+
+use std::io;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use understudy_checkpoint::{KeyError, SaveError};
+use understudy_vmm_control::session::{SaveInfo, SaveRequest, SaveState};
+
+use super::fence::FenceError;
+use super::operations::{OperationError, failed};
+use super::session::CaptureError;
+use crate::machine::dirty::DirtyLogError;
+use crate::persist::StateError;
+use crate::virtio::device::DeviceError;
+
+/// How long a cancelled save may take to end.
+const CANCEL_TIME: Duration = Duration::from_secs(60);
+
+/// Why a save failed. The guest runs on.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Failure {
+    #[error("the save was cancelled")]
+    Cancelled,
+    #[error("{0}")]
+    Overtaken(String),
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    #[error(transparent)]
+    Write(#[from] SaveError),
+    #[error(transparent)]
+    Log(#[from] DirtyLogError),
+    #[error("telling which memory the guest has touched: {0}")]
+    Touched(io::Error),
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error("stopping the devices: {0}")]
+    Devices(#[from] DeviceError),
+    #[error("flushing the disks: {0}")]
+    Flush(io::Error),
+    #[error(transparent)]
+    Fence(#[from] FenceError),
+    #[error("describing the session: {0}")]
+    Describe(serde_json::Error),
+}
+
+/// One save, shared by its thread and the control API.
+pub(super) struct Job {
+    pub(super) request: SaveRequest,
+    info: Mutex<SaveInfo>,
+    changed: Condvar,
+    /// Why it shall end early.
+    stop: Mutex<Option<Stop>>,
+}
+
+/// Why a save ends early.
+pub(super) enum Stop {
+    Cancelled,
+    Overtaken(&'static str),
+}
+
+impl Job {
+    /// A save that begins.
+    pub(super) fn new(request: SaveRequest, memory_bytes: u64) -> Job {
+        let info = SaveInfo {
+            checkpoint: request.checkpoint,
+            state: SaveState::PreCopying,
+            rounds: 0,
+            memory_bytes,
+            written_bytes: 0,
+            remaining_bytes: memory_bytes,
+            checkpoint_bytes: 0,
+            pause_us: None,
+            error: None,
+        };
+        Job {
+            request,
+            info: Mutex::new(info),
+            changed: Condvar::new(),
+            stop: Mutex::default(),
+        }
+    }
+
+    /// How far it is.
+    pub(super) fn info(&self) -> MutexGuard<'_, SaveInfo> {
+        self.info.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes how far it is.
+    pub(super) fn update(&self, change: impl FnOnce(&mut SaveInfo)) {
+        change(&mut self.info());
+        self.changed.notify_all();
+    }
+
+    /// Has it end as soon as it can, unless it was told so before.
+    pub(super) fn ask_to_stop(&self, reason: Stop) {
+        let mut stop = self.stop.lock().unwrap_or_else(PoisonError::into_inner);
+        stop.get_or_insert(reason);
+    }
+
+    /// The guest's machine is not the one any more that is being saved.
+    pub(super) fn overtaken(&self, by: &'static str) {
+        self.ask_to_stop(Stop::Overtaken(by));
+    }
+
+    /// Fails when it shall end.
+    pub(super) fn check(&self) -> Result<(), Failure> {
+        match &*self.stop.lock().unwrap_or_else(PoisonError::into_inner) {
+            None => Ok(()),
+            Some(Stop::Cancelled) => Err(Failure::Cancelled),
+            Some(Stop::Overtaken(by)) => Err(Failure::Overtaken((*by).to_owned())),
+        }
+    }
+
+    /// Waits until its thread has ended, and tells how.
+    pub(super) fn wait(&self) -> Result<SaveState, OperationError> {
+        let running = |info: &mut SaveInfo| matches!(info.state, SaveState::PreCopying | SaveState::Pausing);
+        let (info, _) = self
+            .changed
+            .wait_timeout_while(self.info(), CANCEL_TIME, running)
+            .unwrap_or_else(PoisonError::into_inner);
+        match info.state {
+            SaveState::PreCopying | SaveState::Pausing => Err(failed(
+                "save/cancel: the save has not ended yet, the disk is slow to answer; ask again",
+            )),
+            state => Ok(state),
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! What saving and resuming cost, as a table: `cargo test -p understudy-vmm --test vmm figures -- --ignored
+//! --nocapture`.
+
+use std::fs;
+use std::process::Command;
+use std::time::Instant;
+
+use serde_json::json;
+
+use crate::common::{Guest, have_kvm, wait};
+use crate::payload;
+use crate::session::{request, resuming, saved};
+
+/// Cycles of saving and resuming for each size; the median counts.
+const CYCLES: u32 = 5;
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+#[test]
+#[ignore = "measures; run it by hand on a machine with nothing else to do"]
+fn figures_of_saving_and_resuming() {
+    if !have_kvm() {
+        return;
+    }
+    println!(
+        "\n{:>8} {:>10} {:>10} {:>12} {:>12} {:>12} {:>12}",
+        "RAM MiB", "pause ms", "save ms", "save MiB/s", "dd MiB/s", "resume ms", "all back ms"
+    );
+    for mib in [256u64, 2048] {
+        let guest = Guest::with_kernel(payload::code());
+        let mut config = guest.config(1, "Active", &format!("i{mib:x}"));
+        config["memoryMib"] = json!(mib);
+        let mut vmm = guest.start(&config);
+        wait("the guest has touched its memory", || {
+            vmm.console().contains("idle")
+        });
+        let (mut pauses, mut saves, mut rates, mut starts, mut backs) = Default::default();
+        let add = |values: &mut Vec<f64>, value: f64| values.push(value);
+        for cycle in 0..CYCLES {
+            let request = request(&guest, cycle);
+            let begun = Instant::now();
+            let info = saved(&vmm, &request);
+            let save = begun.elapsed().as_secs_f64();
+            add(&mut pauses, info.pause_us.unwrap() as f64 / 1e3);
+            add(&mut saves, save * 1e3);
+            add(&mut rates, (info.written_bytes >> 20) as f64 / save);
+            drop(vmm);
+            let begun = Instant::now();
+            vmm = guest.start(&resuming(&config, &request));
+            add(&mut starts, vmm.info().resume.unwrap().start_us as f64 / 1e3);
+            wait("all memory is there", || {
+                vmm.info().resume.unwrap().pending_bytes == 0
+            });
+            add(&mut backs, begun.elapsed().as_secs_f64() * 1e3);
+            vmm.makes_progress();
+            fs::remove_dir_all(&request.directory).unwrap();
+        }
+        drop(vmm);
+        println!(
+            "{mib:>8} {:>10.1} {:>10.0} {:>12.0} {:>12.0} {:>12.1} {:>12.0}",
+            median(pauses),
+            median(saves),
+            median(rates),
+            plain_writes(&guest, mib),
+            median(starts),
+            median(backs),
+        );
+    }
+}
+
+/// MiB a second that `dd` writes to the same file system past the page cache.
+fn plain_writes(guest: &Guest, mib: u64) -> f64 {
+    let begun = Instant::now();
+    let status = Command::new("dd")
+        .args([
+            "if=/dev/zero",
+            "bs=1M",
+            "oflag=direct",
+            "conv=fsync",
+            "status=none",
+        ])
+        .arg(format!("count={mib}"))
+        .arg(format!("of={}", guest.path("plain").display()))
+        .status()
+        .unwrap();
+    assert!(status.success());
+    mib as f64 / begun.elapsed().as_secs_f64()
+}
