@@ -122,15 +122,14 @@ pub(super) fn watch_the_clock(update: &mut Update, now: Moment) {
 /// Takes the steps that sessions are ready for.
 pub(super) fn advance(update: &mut Update, now: Moment) {
     match update.step {
-        Step::RegisterKeys => {
+        Step::RegisterKeys
             if update
                 .sessions
                 .iter()
-                .all(|session| session.key_registered || session.given_up)
-            {
-                update.enter(NodeUpdatePhase::Saving, now);
-                update.step = Step::Save;
-            }
+                .all(|session| session.key_registered || session.given_up) =>
+        {
+            update.enter(NodeUpdatePhase::Saving, now);
+            update.step = Step::Save;
         }
         Step::Save => {
             for index in schedule::due(&update.sessions, update.is_forced()) {
@@ -398,13 +397,14 @@ fn failed(update: &mut Update, action: Action, index: usize, error: &EffectError
         "" => usual,
         reason => reason,
     };
-    match action {
-        Action::Cancel(_) | Action::InspectCheckpoint(_) if step == Step::Cancel => {
-            if lasted >= CANCEL_PATIENCE {
-                let message = format!("whether it runs on is not known: {}", error.message);
-                Update::kept(session, reason, message);
-            }
+    if step == Step::Cancel {
+        if lasted >= CANCEL_PATIENCE {
+            let message = format!("whether it runs on is not known: {}", error.message);
+            Update::kept(session, reason, message);
         }
+        return;
+    }
+    match action {
         // While the host goes down its VMM may not answer any more: it is saved all the same.
         Action::Keep(..) if step == Step::AwaitReboot => {}
         // The host waits in any case: until its deadline there is time to try.

@@ -31,9 +31,11 @@ const WITHHELD_MSRS: [u32; 2] = [
 ];
 /// MSRs of one request: KVM takes less than 256.
 const BATCH: usize = 128;
-/// How far the host's TSC may run from the saved one's frequency, in 1/1000, where it cannot be scaled. The
-/// guest's time is that of kvm-clock, which is right in any case; its APIC timer would be off by as much.
-const TSC_TOLERANCE: u32 = 20;
+/// How far the host's TSC may run from the saved one's frequency, in 1/1000, where it cannot be scaled. It
+/// is the same machine, so that the two differ by errors of calibration at boot, which an emulated or busy
+/// host makes large. The guest's time is that of kvm-clock, which is right in any case; its APIC timer is
+/// off by as much.
+const TSC_TOLERANCE: u32 = 100;
 
 /// One model-specific register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,7 +50,7 @@ pub struct Msr {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum SystemRegisters {
     /// `struct kvm_sregs`.
-    V1(kvm_sregs),
+    V1(Box<kvm_sregs>),
     /// `struct kvm_sregs2` as 64-bit words: as the first, with the page-directory pointers of PAE paging,
     /// which otherwise would be read anew from memory.
     V2(Vec<u64>),
@@ -281,7 +283,7 @@ pub fn restore(
 
 fn read_system(vcpu: &VcpuFd, abilities: &Abilities) -> Result<SystemRegisters, kvm_ioctls::Error> {
     if !abilities.sregs2 {
-        return vcpu.get_sregs().map(SystemRegisters::V1);
+        return vcpu.get_sregs().map(|sregs| SystemRegisters::V1(Box::new(sregs)));
     }
     let mut words = [0u64; SREGS2_WORDS];
     // SAFETY: KVM writes a `struct kvm_sregs2`, which is as large as `words` and of no stricter alignment.

@@ -292,6 +292,30 @@ fn a_save_that_is_cancelled_while_memory_is_written_leaves_the_guest_alone() {
 }
 
 #[test]
+fn a_guest_that_is_reset_while_it_is_saved_boots_and_the_save_fails() {
+    if !have_kvm() {
+        return;
+    }
+    let guest = Guest::with_kernel(payload::code());
+    let mut config = guest.config(1, "Active", "i100");
+    config["memoryMib"] = json!(300);
+    let vmm = guest.start(&config);
+    wait("the guest has touched its memory", || {
+        vmm.console().contains("idle")
+    });
+    let request = request(&guest, 1);
+    vmm.client.begin_save(&request).unwrap();
+    vmm.client.vm("reset").unwrap();
+    let info = save(&vmm, &request);
+    assert_eq!(info.state, SaveState::Failed);
+    assert!(info.error.as_ref().unwrap().contains("reset"), "{info:?}");
+    assert!(!request.directory.join(MANIFEST).exists());
+    wait("the guest boots again", || {
+        vmm.console().matches("idle").count() == 2
+    });
+}
+
+#[test]
 fn a_save_that_fails_says_why_and_the_guest_runs_on() {
     if !have_kvm() {
         return;

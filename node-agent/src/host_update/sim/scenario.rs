@@ -297,6 +297,10 @@ pub fn play(scenario: &Scenario) -> Ended {
         world.shared.host_is_down.set(false);
         world.agent_started_at = world.now;
     };
+    assert!(
+        !(update.undo.is_some() && world.going_down.is_some_and(|going| going.is_ours)),
+        "it was undone, and the reboot that was asked for is still to come"
+    );
     world.faults.clear();
     world.going_down = None;
     world.manage();
