@@ -16,7 +16,7 @@ BIN := target/$(CARGO_BUILD_TARGET)/debug
 BED := $(BIN)/understudy-bed
 TIMED := tests/bed/timed.sh
 
-.PHONY: help setup build images check test e2e node-up node-down node-ssh guest-check demo bench clean
+.PHONY: help setup build images check test e2e node-up node-down node-ssh guest-check demo demo-host bench clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ e2e: build ## End-to-end tests on the node VM; T=name for one of them
 
 demo: build ## The main job on real input: a seamless reboot, and an ordinary one beside it
 	@$(BIN)/understudy-demo $(ARGS)
+
+demo-host: build ## A host reboots into its new kernel, its guests' sessions go on; and an ordinary one beside it
+	@$(BIN)/understudy-demo-host $(ARGS)
 
 bench: build ## What it costs, measured in one run: interruption, disk split, freeze, memory
 	@$(BIN)/understudy-bench $(ARGS)

@@ -1,12 +1,13 @@
 #!/bin/bash
-# Builds the images of the test bed and says where they are: a stock Debian 12 guest on the older
-# of two kernels, a node on the newest, and the QEMU that nodes run in. What has not changed is not
-# built again; a kill leaves no half image, since everything gets its name last.
+# Builds the images of the test bed and says where they are: a stock Debian 12 guest and a node, both
+# on the older of two kernels, with the newer one's package at hand, and the QEMU that nodes run in.
+# What has not changed is not built again; a kill leaves no half image, since everything gets its name
+# last.
 #
 #   images.sh [--bin DIR] [--out FILE] [qemu|node|guest-base|guest ...]     (default: all)
 #
-#   --bin DIR    where understudy-guest and understudy-ledger (static) are; without them the guest
-#                image lacks agent and ledger
+#   --bin DIR    where understudy-guest, understudy-ledger and understudy-counter (static) are; what is
+#                not there the guest image lacks
 #   --out FILE   JSON with the paths of what was built
 set -euo pipefail
 # shellcheck source=tests/bed/lib.sh
@@ -51,7 +52,7 @@ COMMON+=,e2fsprogs,zstd,initramfs-tools,procps,less,libpam-systemd,attr,acl,util
 GUEST_PACKAGES=$COMMON,nginx-light,cron,logrotate,fdisk,curl,apt-utils
 NODE_PACKAGES=$COMMON,jq,curl,socat,strace,tcpdump,psmisc,lsof,ethtool,mount
 
-# The two newest kernels of the distribution's cloud flavour: the guest runs the older one and has
+# The two newest kernels of the distribution's cloud flavour: guest and node run the older one and have
 # the newer one's package at hand, as any server after an upgrade.
 find_kernels() {
     apt-cache pkgnames linux-image-6.1.0- | grep -E '^linux-image-6\.1\.0-[0-9]+-cloud-amd64$' | sort -V | tail -n 2
@@ -107,8 +108,26 @@ rootfs() {
     rm -f "$dir/etc/resolv.conf" && : >"$dir/etc/resolv.conf"
 }
 
-# tree NAME ROOT: our files over the stock ones, owned by root.
-tree() { tar -C "$BED_DIR/$1" --owner=0 --group=0 -c . | tar -C "$2" --no-overwrite-dir -x; }
+# tree NAME ROOT: our files over the stock ones, owned by root; those that all have, and those of NAME.
+tree() {
+    local name
+    for name in common "$1"; do
+        tar -C "$BED_DIR/$name" --owner=0 --group=0 -c . | tar -C "$2" --no-overwrite-dir -x
+    done
+}
+
+# The newer kernel's package, of the version that is offered now.
+newer_package() {
+    find "$CACHE/debs" -name "${NEWER}_*.deb" | sort -V | tail -n 1
+}
+
+fetch_newer() { (cd "$CACHE/debs" && apt-get -q -o APT::Sandbox::User=root download "$NEWER"); }
+
+# at_hand ROOT: the newer kernel's package, to be installed.
+at_hand() {
+    mkdir -p "$1/var/cache/apt/archives"
+    cp "$(newer_package)" "$1/var/cache/apt/archives/"
+}
 
 # image ROOT FILE SIZE UUID LABEL
 image() {
@@ -133,7 +152,7 @@ authorize() { # ROOT
 build_node() {
     local tmp=$NODE.tmp uuid
     rm -rf "$tmp" && mkdir -p "$tmp"
-    rootfs "$tmp/rootfs" "$NODE_PACKAGES,$NEWER"
+    rootfs "$tmp/rootfs" "$NODE_PACKAGES,$OLDER"
     uuid=$(uuidgen -r)
     tree node "$tmp/rootfs"
     fstab "$tmp/rootfs" "$uuid"
@@ -145,10 +164,11 @@ build_node() {
     chroot "$tmp/rootfs" systemctl -q enable systemd-networkd systemd-network-generator
     chroot "$tmp/rootfs" systemctl -q mask systemd-networkd-wait-online apt-daily.timer \
         apt-daily-upgrade.timer e2scrub_reap e2scrub_all.timer dpkg-db-backup.timer
-    boot_files "$tmp/rootfs" "$tmp"
+    at_hand "$tmp/rootfs"
+    # Its kernel stays on its disk: a node boots what it finds there.
     image "$tmp/rootfs" "$tmp/root.ext4" 4G "$uuid" node
     rm -rf "$tmp/rootfs"
-    jq -n --arg kernel "${NEWER#linux-image-}" --arg uuid "$uuid" \
+    jq -n --arg kernel "${OLDER#linux-image-}" --arg uuid "$uuid" \
         '{kernel: $kernel, uuid: $uuid}' >"$tmp/meta.json"
     mv "$tmp" "$NODE"
 }
@@ -167,9 +187,7 @@ build_base() {
     # Scrubbing LVM snapshots: 10 s of an emulated boot, for nothing.
     chroot "$tmp/rootfs" systemctl -q disable systemd-networkd-wait-online e2scrub_reap e2scrub_all.timer
     rm -f "$tmp/rootfs/var/www/html/index.nginx-debian.html"
-    (cd "$CACHE/debs" && apt-get -q -o APT::Sandbox::User=root download "$NEWER")
-    mkdir -p "$tmp/rootfs/var/cache/apt/archives"
-    cp "$(newer_package)" "$tmp/rootfs/var/cache/apt/archives/"
+    at_hand "$tmp/rootfs"
     boot_files "$tmp/rootfs" "$tmp"
     image "$tmp/rootfs" "$tmp/guest.ext4" 2560M "$uuid" root
     rm -rf "$tmp/rootfs"
@@ -194,11 +212,6 @@ build_guest() {
     mv "$tmp" "$GUEST"
 }
 
-# The newer kernel's package, of the version that is offered now.
-newer_package() {
-    find "$CACHE/debs" -name "${NEWER}_*.deb" | sort -V | tail -n 1
-}
-
 # key_of PACKAGES PATH...: over the packages' versions, our files and the recipe.
 key_of() {
     local packages=$1
@@ -208,15 +221,15 @@ key_of() {
         # Version lines of these packages alone.
         awk 'NR == FNR { want[$0]; next } $2 in want' <(tr , '\n' <<<"$packages") <(tail -n +3 <<<"$OFFERED")
         hash_of "$@"
-        declare -f rootfs tree image boot_files fstab authorize newer_package build_node build_base
+        declare -f rootfs tree image boot_files fstab authorize newer_package at_hand build_node build_base
     } | sha256sum | cut -c1-12
 }
-NODE_KEY=$(key_of "$NODE_PACKAGES,$NEWER" "$BED_DIR/node" "$CACHE/ssh/id_ed25519.pub")
-BASE_KEY=$(key_of "$GUEST_PACKAGES,$OLDER,$NEWER" "$BED_DIR/guest" "$CACHE/ssh/id_ed25519.pub")
+NODE_KEY=$(key_of "$NODE_PACKAGES,$OLDER,$NEWER" "$BED_DIR/common" "$BED_DIR/node" "$CACHE/ssh/id_ed25519.pub")
+BASE_KEY=$(key_of "$GUEST_PACKAGES,$OLDER,$NEWER" "$BED_DIR/common" "$BED_DIR/guest" "$CACHE/ssh/id_ed25519.pub")
 QEMU_KEY=$({ echo "$QEMU_VERSION" && hash_of "$BED_DIR/qemu"; } | sha256sum | cut -c1-12)
 GUEST_INPUTS=("$BED_DIR/guest-install.sh")
 GUEST_BINARIES=()
-for name in understudy-guest understudy-ledger; do
+for name in understudy-guest understudy-ledger understudy-counter; do
     if [[ -n $BIN && -x $BIN/$name ]]; then
         GUEST_INPUTS+=("$BIN/$name")
         GUEST_BINARIES+=("$name")
@@ -235,6 +248,9 @@ if wanted qemu && [[ ! -d $QEMU ]]; then
     step QEMU build_qemu &
     pids+=($!)
 fi
+if { wanted node && [[ ! -d $NODE ]]; } || { { wanted guest-base || wanted guest; } && [[ ! -d $BASE ]]; }; then
+    step "newer kernel" fetch_newer
+fi
 if wanted node && [[ ! -d $NODE ]]; then
     step "node image" build_node &
     pids+=($!)
@@ -245,7 +261,7 @@ if { wanted guest-base || wanted guest; } && [[ ! -d $BASE ]]; then
 fi
 for pid in "${pids[@]}"; do wait "$pid"; done
 if wanted guest; then
-    for name in understudy-guest understudy-ledger; do
+    for name in understudy-guest understudy-ledger understudy-counter; do
         [[ " ${GUEST_BINARIES[*]} " == *" $name "* ]] \
             || say "  guest image: without $name (not found in '${BIN:-no --bin DIR given}')"
     done

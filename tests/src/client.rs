@@ -16,6 +16,8 @@ use mio::net::TcpStream;
 use mio::{Events, Interest, Poll, Token};
 use serde::{Deserialize, Serialize};
 
+use crate::outside::Watch;
+
 /// Time between two requests to one service, unless told otherwise.
 pub const TICK: Duration = Duration::from_millis(10);
 /// An answer later than this after its tick is late.
@@ -24,9 +26,9 @@ pub const LATE: Duration = Duration::from_millis(100);
 /// for so long while an answer was owed is given up.
 const GIVE_UP: Duration = Duration::from_secs(2);
 /// A connection that takes longer is given up for a new one: the kernel's own next try would wait a second.
-const CONNECT_LIMIT: Duration = Duration::from_millis(500);
+pub(crate) const CONNECT_LIMIT: Duration = Duration::from_millis(500);
 /// Pause after a connection was refused.
-const CONNECT_PAUSE: Duration = Duration::from_millis(50);
+pub(crate) const CONNECT_PAUSE: Duration = Duration::from_millis(50);
 /// Requests down one connection: a server may end it after a thousand, as nginx does.
 const MAX_REQUESTS: u32 = 900;
 
@@ -70,6 +72,21 @@ pub struct Report {
     pub found: u64,
     /// Acknowledged lines that it did not hold, at most 100 of them.
     pub lost: Vec<u64>,
+}
+
+impl Report {
+    /// An error where an acknowledged line was not found, or none was ever acknowledged.
+    pub fn ensure_nothing_lost(&self) -> anyhow::Result<()> {
+        anyhow::ensure!(self.acknowledged > 0, "the ledger never acknowledged a line");
+        anyhow::ensure!(
+            self.lost.is_empty() && self.found == self.acknowledged,
+            "of {} acknowledged ledger lines {} were found, lost are {:?}",
+            self.acknowledged,
+            self.found,
+            self.lost
+        );
+        Ok(())
+    }
 }
 
 /// Which service a load goes to.
@@ -413,8 +430,20 @@ impl Client {
         })
     }
 
-    /// Sends and receives until `until`.
-    pub fn run_until(&mut self, until: Instant) -> io::Result<()> {
+    /// Ends the run: reads the whole ledger back and looks for every acknowledged line.
+    pub fn finish(mut self) -> io::Result<Report> {
+        self.mark("end");
+        let held = read_ledger(self.loads[1].address, &self.run)?;
+        let acknowledged = &self.loads[1].acknowledged;
+        self.report.acknowledged = acknowledged.len() as u64;
+        self.report.found = acknowledged.intersection(&held).count() as u64;
+        self.report.lost = acknowledged.difference(&held).take(100).copied().collect();
+        Ok(self.report)
+    }
+}
+
+impl Watch for Client {
+    fn run_until(&mut self, until: Instant) -> io::Result<()> {
         let mut events = Events::with_capacity(256);
         loop {
             let now = Instant::now();
@@ -446,8 +475,7 @@ impl Client {
         }
     }
 
-    /// Ends the current phase and begins another.
-    pub fn mark(&mut self, phase: &str) {
+    fn mark(&mut self, phase: &str) {
         let now = Instant::now();
         let seen = Phase {
             page: self.loads[0].take_seen(now),
@@ -456,17 +484,6 @@ impl Client {
         self.report
             .phases
             .insert(std::mem::replace(&mut self.phase, phase.to_owned()), seen);
-    }
-
-    /// Ends the run: reads the whole ledger back and looks for every acknowledged line.
-    pub fn finish(mut self) -> io::Result<Report> {
-        self.mark("end");
-        let held = read_ledger(self.loads[1].address, &self.run)?;
-        let acknowledged = &self.loads[1].acknowledged;
-        self.report.acknowledged = acknowledged.len() as u64;
-        self.report.found = acknowledged.intersection(&held).count() as u64;
-        self.report.lost = acknowledged.difference(&held).take(100).copied().collect();
-        Ok(self.report)
     }
 }
 

@@ -68,15 +68,18 @@ impl Run {
     pub fn test(&self, name: &str, test: fn(&Context) -> Result<()>) -> Result<(), String> {
         let mut tries = 1;
         loop {
-            let boot = self.node_boot();
             let Err(error) = self.run(name, test) else {
                 return Ok(());
             };
-            let logs = match self.collect(&format!("{name}-{tries}")) {
+            let mut machine = Machine::in_node(&self.stage, &self.binaries);
+            let lost = machine.emulator_lost_a_guest().unwrap_or_default();
+            // Logs are on its disk, and a test may have failed while the node was down.
+            let powered = self.stage.power_on();
+            let logs = match powered.and_then(|()| self.collect(&format!("{name}-{tries}"))) {
                 Ok(dir) => format!("logs: {}", dir.display()),
                 Err(error) => format!("logs could not be collected: {error:#}"),
             };
-            if tries < TRIES && self.start_over(&boot) {
+            if tries < TRIES && lost && machine.clear().is_ok() {
                 tries += 1;
                 eprintln!(
                     "    the emulated processor lost a guest or the node (triple fault): once more, try {tries} of {TRIES}; {logs}"
@@ -87,22 +90,10 @@ impl Run {
         }
     }
 
-    /// The boot ID of the node's kernel; no test here reboots the node.
-    fn node_boot(&self) -> Option<String> {
-        let ssh = self.stage.node.ssh();
-        ssh.run("cat /proc/sys/kernel/random/boot_id").ok()
-    }
-
-    /// Whether the emulated processor lost a guest, or the node that had booted as `boot`; then whatever the
-    /// agent has is cleared away.
-    fn start_over(&self, boot: &Option<String>) -> bool {
-        let mut machine = Machine::in_node(&self.stage, &self.binaries);
-        let lost = self.node_boot() != *boot || machine.emulator_lost_a_guest().unwrap_or_default();
-        lost && machine.clear().is_ok()
-    }
-
     fn run(&self, name: &str, test: fn(&Context) -> Result<()>) -> Result<()> {
         eprintln!();
+        // A test before this one may have failed with the power cut.
+        self.stage.power_on()?;
         let dir = Self::dir_on_node(name);
         let ssh = self.stage.node.ssh();
         ssh.run(&format!(

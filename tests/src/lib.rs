@@ -4,8 +4,12 @@
 pub mod bed;
 pub mod bench;
 pub mod client;
+pub mod counter;
 pub mod demo;
 pub mod e2e;
 pub mod ledger;
 pub mod load;
 pub mod machine;
+pub mod outside;
+pub mod pair;
+pub mod updates;

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::bed::{Images, NODE_BIN, NetNs, Node, Ssh, Stage, cache_dir, wait_until};
+use crate::bed::{End, Images, NODE_BIN, NetNs, Node, Ssh, Stage, Status, cache_dir, wait_until};
 
 /// Where the agent's own files and the guests' disks are on the machine.
 const STATE: &str = "/var/lib/understudy";
@@ -19,6 +19,8 @@ const MANIFESTS: &str = "/etc/understudy/manifests";
 
 /// Port of the ledger in the guest image.
 pub const LEDGER_PORT: u16 = 7000;
+/// Port of the counter in the guest image.
+pub const COUNTER_PORT: u16 = 7001;
 
 /// How often a condition on the machine is asked: often enough for people, seldom enough that asking
 /// does not cost the emulated processors much.
@@ -249,14 +251,17 @@ impl Machine {
         }
     }
 
-    /// Whether the machine is emulated and a guest on it has ended in a triple fault. QEMU's emulation of SVM
+    /// Whether the machine is emulated and it, or a guest on it, has ended in a triple fault. QEMU's emulation of SVM
     /// loses a guest now and then while two run busily, with one processor or two (7.2; seen in a trace: the
     /// interrupt that KVM injects at an entry cannot be delivered, nor the faults that follow, though the
     /// guest was sound at its exit just before); 10.0 lost the node itself. No promise hangs on such a run.
     pub fn emulator_lost_a_guest(&self) -> Result<bool> {
-        let Place::Node(_) = &self.place else {
+        let Place::Node(node) = &self.place else {
             return Ok(false);
         };
+        if node.status() == Status::Down {
+            return Ok(node.end() == End::Lost);
+        }
         let found = self.sh(&format!(
             "find {STATE}/logs {STATE}/e2e -name 'vmm*.log' -exec grep -l 'triple fault' {{}} + 2>&1 || true"
         ))?;
@@ -280,17 +285,18 @@ impl Machine {
             .collect())
     }
 
-    /// Deletes every SeamlessReboot, its manifest first.
+    /// Deletes every SeamlessReboot and HostUpdate, their manifests first.
     pub fn forget_reboots(&self) -> Result<()> {
         let manifests = self.path(MANIFESTS);
         self.sh(&format!(
-            "cd {manifests} && grep -l 'kind: SeamlessReboot' *.yaml | xargs -r rm --"
+            "cd {manifests} && grep -lE 'kind: (SeamlessReboot|HostUpdate)' *.yaml | xargs -r rm --"
         ))?;
         let status = self.status()?;
-        let items = status["items"].as_array().cloned().unwrap_or_default();
-        for object in items.iter().filter(|object| object["kind"] == "SeamlessReboot") {
-            let name = object["metadata"]["name"].as_str().unwrap_or_default();
-            self.sh(&self.agent_command(&format!("delete seamlessreboot {name}")))?;
+        for kind in ["SeamlessReboot", "HostUpdate"] {
+            for object in all(&status, kind) {
+                let name = object["metadata"]["name"].as_str().unwrap_or_default();
+                self.sh(&self.agent_command(&format!("delete {} {name}", kind.to_lowercase())))?;
+            }
         }
         Ok(())
     }
@@ -347,7 +353,19 @@ impl Machine {
         )
     }
 
-    /// One object of the agent: `kind` is `Guest` or `SeamlessReboot`.
+    /// The same of a machine that may be rebooting: `None` while it does not answer. An error where it is down
+    /// for good.
+    pub fn status_if_up(&self) -> Result<Option<Value>> {
+        if let Place::Node(node) = &self.place {
+            node.ensure_not_lost()?;
+            if node.status() == Status::Down {
+                return Ok(None);
+            }
+        }
+        Ok(self.status().ok())
+    }
+
+    /// One object of the agent: `kind` is `Guest` or `SeamlessReboot`, say.
     pub fn object(&self, kind: &str, name: &str) -> Result<Option<Value>> {
         Ok(find(&self.status()?, kind, name))
     }
@@ -394,17 +412,9 @@ impl Machine {
         Ssh::new(&self.netns, address, &self.images.cache.join("ssh/id_ed25519"))
     }
 
-    /// Starts the client outside against the guest at `address`.
-    pub fn client(&self, address: &str, run: &str, every: Duration) -> Result<Child> {
-        self.netns
-            .command(self.binaries.join("understudy-client"))
-            .args(["--page", &format!("{address}:80")])
-            .args(["--ledger", &format!("{address}:{LEDGER_PORT}")])
-            .args(["--run", run, "--every", &every.as_millis().to_string()])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("cannot start the client")
+    /// One of our clients, to run outside in the guests' network.
+    pub fn client(&self, program: &str) -> Command {
+        self.netns.command(self.binaries.join(program))
     }
 
     /// Copies the logs of all parts into `to`: the agent's, each VMM's and console's, the node's console.
@@ -414,11 +424,11 @@ impl Machine {
             Place::Node(node) => {
                 let journal = node
                     .ssh()
-                    .run("journalctl -b --no-pager -o short-iso-precise | tail -20000")?;
+                    .run("journalctl --no-pager -o short-iso-precise | tail -20000")?;
                 fs::write(to.join("node-journal.log"), journal)?;
                 fs::copy(node.console_log(), to.join("node-console.log"))?;
                 let logs = self.sh(&format!(
-                    "cd {STATE}; find logs operations objects -type f -size -4M 2>/dev/null"
+                    "cd {STATE}; find logs operations updates objects -type f -size -4M 2>/dev/null || true"
                 ))?;
                 for name in logs.lines() {
                     let text = self.sh(&format!("cat {STATE}/{name}"))?;
@@ -454,12 +464,16 @@ impl Drop for Machine {
     }
 }
 
+/// The objects of a kind in what `status -o json` prints.
+pub fn all<'a>(status: &'a Value, kind: &'a str) -> impl Iterator<Item = &'a Value> {
+    let items = status["items"].as_array().map_or(&[][..], Vec::as_slice);
+    items.iter().filter(move |object| object["kind"] == kind)
+}
+
 /// An object in what `status -o json` prints.
 pub fn find(status: &Value, kind: &str, name: &str) -> Option<Value> {
-    status["items"]
-        .as_array()?
-        .iter()
-        .find(|object| object["kind"] == kind && object["metadata"]["name"] == name)
+    all(status, kind)
+        .find(|object| object["metadata"]["name"] == name)
         .cloned()
 }
 

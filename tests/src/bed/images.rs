@@ -16,24 +16,24 @@ pub struct Images {
     pub cache: PathBuf,
     /// The QEMU that nodes run in.
     pub qemu: PathBuf,
-    /// Directory of the node image: `root.ext4`, `vmlinuz`, `initrd.img`.
+    /// Directory of the node image: `root.ext4`.
     pub node: PathBuf,
     /// Directory of the guest image before our programs are put in; the same files.
     pub guest_base: PathBuf,
     /// Directory of the guest image: `guest.ext4`, `vmlinuz`, `initrd.img`.
     pub guest: PathBuf,
-    /// Kernel release that the guest image boots.
+    /// Kernel release that guest and node images boot.
     pub older_kernel: String,
-    /// Kernel release whose package waits inside the guest.
+    /// Kernel release whose package waits inside guest and node.
     pub newer_kernel: String,
-    /// Path of that package inside the guest.
+    /// Path of that package inside them.
     pub newer_package: String,
 }
 
 impl Images {
     /// Builds what is missing or outdated and says where everything is. `binaries` is a directory
-    /// with the static `understudy-guest` and `understudy-ledger`; what it lacks the guest image
-    /// lacks. `only` limits the work to `qemu`, `node`, `guest-base` or `guest`; empty means all.
+    /// with the static programs that go into the guest image; what it lacks the image lacks. `only` limits
+    /// the work to `qemu`, `node`, `guest-base` or `guest`; empty means all.
     pub fn build(binaries: &Path, only: &[&str]) -> Result<Self> {
         let script = repository().join("tests/bed/images.sh");
         let out = repository().join("target/bed/images.json");

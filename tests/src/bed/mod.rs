@@ -4,6 +4,7 @@
 //! Debian loads `kvm_amd`, so that everything above runs against the real `/dev/kvm`. A node stays
 //! up between test runs; that is what makes the inner loop short.
 
+mod boot;
 mod guest_check;
 mod images;
 mod netns;
@@ -13,6 +14,7 @@ mod ssh;
 mod stage;
 mod wait;
 
+pub use boot::{End, Firmware};
 pub use guest_check::check_guest;
 pub use images::Images;
 pub use netns::{GATEWAY, NetNs};

@@ -84,6 +84,7 @@ impl NetNs {
                 .command("ip")
                 .args(["addr", "add", &format!("{GATEWAY}/{PREFIX}"), "dev", BRIDGE]))?;
             run(self.command("ip").args(["link", "set", BRIDGE, "up"]))?;
+            self.be_persistent()?;
         }
         if !self.dhcp_alive() {
             run(self
@@ -103,6 +104,18 @@ impl NetNs {
                     "--log-facility={}",
                     self.run.join("dnsmasq.log").display()
                 )))?;
+        }
+        Ok(())
+    }
+
+    /// Has clients out here try again every four seconds at least while nobody answers, for a quarter of an hour,
+    /// where the kernel has the setting (6.15). The default doubles the pause each time, so that what a client
+    /// sees of an interruption is up to twice as long as it was. Where there is none, that is what is measured.
+    fn be_persistent(&self) -> Result<()> {
+        let set = |setting: &str| quiet(self.command("sysctl").args(["-q", "-w", setting]));
+        // A connection is given up after so many tries, not after a time: their number comes first.
+        if set("net.ipv4.tcp_retries2=255")? && !set("net.ipv4.tcp_rto_max_ms=4000")? {
+            set("net.ipv4.tcp_retries2=15")?;
         }
         Ok(())
     }

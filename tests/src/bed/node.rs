@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde_json::json;
 
+use super::boot::{End, newest_kernel, note_power_cut};
 use super::netns::run;
 use super::{GATEWAY, Images, NetNs, Qmp, Ssh, cache_dir, wait_until};
 
@@ -178,9 +179,65 @@ impl Node {
         }
         self.netns.up()?;
         self.netns.tap(Self::TAP)?;
-        self.start(images, options)?;
+        self.boot(images, options)?;
         self.wait_for_ssh()?;
         Ok(true)
+    }
+
+    /// Starts the node with a new root disk, its data disk as it was: with the image's kernel, and none of what
+    /// was installed since. What runs on it is lost.
+    pub fn up_with_new_root(&self, images: &Images, options: &NodeOptions) -> Result<()> {
+        if self.data_disk().exists() {
+            self.kill()?;
+            self.make_root_disk(images)?;
+        }
+        self.up(images, options, false)?;
+        Ok(())
+    }
+
+    /// The boot ID of the node's kernel.
+    pub fn boot_id(&self) -> Result<String> {
+        let text = self.ssh.run("cat /proc/sys/kernel/random/boot_id")?;
+        Ok(text.trim().to_owned())
+    }
+
+    /// Waits until commands can be run in another boot than `before`, which somebody asked for and a
+    /// [`super::Firmware`] makes.
+    pub fn wait_for_reboot(&self, before: &str, limit: Duration) -> Result<()> {
+        wait_until(&format!("node {} to reboot", self.name), limit, POLL, || {
+            self.ensure_not_lost()?;
+            let now = self.boot_id().ok();
+            Ok(now.filter(|now| now != before).map(|_| ()))
+        })
+        .with_context(|| format!("its console: {}", self.console_log().display()))
+    }
+
+    /// How its last boot ended, where it is not up.
+    pub fn end(&self) -> End {
+        End::of(&self.console_of_boot())
+    }
+
+    /// An error where it is down and stays down.
+    pub fn ensure_not_lost(&self) -> Result<()> {
+        // It may be on its way up between the two questions.
+        if self.status() == Status::Down {
+            let end = self.end();
+            if end != End::Reset && self.status() == Status::Down {
+                bail!("node {} is down ({end:?})", self.name);
+            }
+        }
+        Ok(())
+    }
+
+    /// What the console has printed since the node was last started.
+    fn console_of_boot(&self) -> String {
+        let offset = fs::read_to_string(self.boot_offset())
+            .ok()
+            .and_then(|text| text.trim().parse::<usize>().ok())
+            .unwrap_or_default();
+        let console = fs::read(self.console_log()).unwrap_or_default();
+        let of_boot = console.get(offset..).unwrap_or_default();
+        String::from_utf8_lossy(of_boot).into_owned()
     }
 
     /// Shuts the node down in order. Its disks stay.
@@ -198,7 +255,8 @@ impl Node {
             return Ok(());
         };
         run(Command::new("kill").args(["-KILL", &pid.to_string()]))?;
-        self.wait_until_gone(Duration::from_secs(10))
+        self.wait_until_gone(Duration::from_secs(10))?;
+        note_power_cut(&self.console_log())
     }
 
     /// Removes the node: power off, disks, network.
@@ -283,14 +341,18 @@ impl Node {
         Ok(())
     }
 
-    fn make_disks(&self, images: &Images) -> Result<()> {
-        let (root, data) = (self.root_disk(), self.data_disk());
+    fn make_root_disk(&self, images: &Images) -> Result<()> {
         // A raw copy, not an overlay: what QEMU has written survives a power cut of the node, and no
         // image format keeps metadata of its own in memory.
         run(Command::new("cp")
             .args(["--sparse=always", "--reflink=auto"])
             .arg(images.node.join("root.ext4"))
-            .arg(&root))?;
+            .arg(self.root_disk()))
+    }
+
+    fn make_disks(&self, images: &Images) -> Result<()> {
+        self.make_root_disk(images)?;
+        let data = self.data_disk();
         let _ = fs::remove_file(&data);
         File::create(&data)?
             .set_len(20 << 30)
@@ -310,9 +372,14 @@ impl Node {
         Ok(())
     }
 
-    fn start(&self, images: &Images, options: &NodeOptions) -> Result<()> {
+    /// Starts QEMU with what the node's disk has to boot. It ends when the node resets its machine: see
+    /// [`super::boot`].
+    pub(super) fn boot(&self, images: &Images, options: &NodeOptions) -> Result<()> {
         self.ssh.forget();
         let _ = fs::remove_file(self.pid_file());
+        let files = newest_kernel(&self.root_disk(), &self.dir.join("boot"))?;
+        let printed = fs::metadata(self.console_log()).map_or(0, |log| log.len());
+        fs::write(self.boot_offset(), printed.to_string())?;
         let cache = if options.durable { "writeback" } else { "unsafe" };
         let drive = |file: &Path, id: &str| {
             format!(
@@ -338,10 +405,11 @@ impl Node {
                 "-m",
                 &options.memory_mib.to_string(),
             ])
+            .arg("-no-reboot")
             .arg("-kernel")
-            .arg(images.node.join("vmlinuz"))
+            .arg(files.kernel)
             .arg("-initrd")
-            .arg(images.node.join("initrd.img"))
+            .arg(files.initrd)
             .args(["-append", &cmdline])
             .args([
                 "-drive",
@@ -386,10 +454,10 @@ impl Node {
             .arg("-daemonize"))
     }
 
-    fn wait_for_ssh(&self) -> Result<()> {
+    pub(super) fn wait_for_ssh(&self) -> Result<()> {
         let waited = self.ssh.wait(BOOT_LIMIT, || match self.status() {
             Status::Up(_) => Ok(()),
-            Status::Down => bail!("QEMU has ended"),
+            Status::Down => self.ensure_not_lost(),
         });
         waited.with_context(|| {
             format!(
@@ -414,6 +482,11 @@ impl Node {
 
     fn data_disk(&self) -> PathBuf {
         self.dir.join("data.img")
+    }
+
+    /// Length of the console's log when the node was last started.
+    fn boot_offset(&self) -> PathBuf {
+        self.dir.join("boot-offset")
     }
 
     fn pid_file(&self) -> PathBuf {

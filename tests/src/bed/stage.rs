@@ -8,17 +8,18 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use super::{Images, Node, NodeOptions, repository};
+use super::{End, Firmware, Images, Node, NodeOptions, Status, repository};
 
 /// Binaries that a node needs, as cargo names them.
-const ON_NODE: [&str; 4] = [
+const ON_NODE: [&str; 5] = [
     "understudy-vmm",
     "understudy-node",
     "understudy-guest",
     "understudy-ledger",
+    "understudy-counter",
 ];
 /// Those of them that go into the guest image.
-const IN_GUEST: [&str; 2] = ["understudy-guest", "understudy-ledger"];
+const IN_GUEST: [&str; 3] = ["understudy-guest", "understudy-ledger", "understudy-counter"];
 
 const GUEST_IMAGE: &str = "/var/lib/understudy/images/guest.ext4";
 
@@ -33,6 +34,8 @@ pub struct Stage {
     pub images: Images,
     /// Path of the pristine guest image on the node; to be copied, never written.
     pub guest_image: String,
+    /// The node boots again when it resets itself.
+    pub firmware: Firmware,
     /// Held as long as the stage is used.
     _lock: File,
 }
@@ -41,21 +44,47 @@ impl Stage {
     /// Brings the node of this name to where tests can begin. `binaries` is the directory of static
     /// binaries; what has not changed is not copied again.
     pub fn set(name: &str, binaries: &Path) -> Result<Self> {
+        Stage::set_with(name, binaries, |node, images| {
+            node.up(images, &NodeOptions::default(), false)
+        })
+    }
+
+    /// The same on a new root disk: the node runs its image's kernel, the older one.
+    pub fn set_anew(name: &str, binaries: &Path) -> Result<Self> {
+        Stage::set_with(name, binaries, |node, images| {
+            node.up_with_new_root(images, &NodeOptions::default())?;
+            Ok(true)
+        })
+    }
+
+    fn set_with(name: &str, binaries: &Path, up: fn(&Node, &Images) -> Result<bool>) -> Result<Self> {
         let node = Node::named(name)?;
         let lock = node.lock()?;
         let images = Images::build(binaries, &["qemu", "node", "guest-base"])?;
         let started = Instant::now();
-        if node.up(&images, &NodeOptions::default(), false)? {
+        if up(&node, &images)? {
             report("node up", started);
         }
         let there = push_binaries(&node, binaries)?;
         install_guest(&node, &images, &there)?;
         Ok(Self {
+            firmware: Firmware::of(&node, &images, &NodeOptions::default()),
             node,
             images,
             guest_image: GUEST_IMAGE.to_owned(),
             _lock: lock,
         })
+    }
+
+    /// Switches the node on where its power was cut or the emulator lost it, and waits for it where it is
+    /// rebooting.
+    pub fn power_on(&self) -> Result<()> {
+        self.firmware.check()?;
+        if self.node.status() == Status::Down && self.node.end() == End::Reset {
+            return self.node.wait_for_ssh();
+        }
+        self.node.up(&self.images, &NodeOptions::default(), false)?;
+        Ok(())
     }
 
     /// The directory of static binaries beside the running program: `target/TRIPLE/PROFILE`, also when

@@ -80,7 +80,7 @@ pub fn run(chosen: &mut Chosen, repetitions: usize, logs: &Path) -> Result<Findi
 
     let mut bare_freeze = None;
     let mut memory = Vec::new();
-    let reboots = demo::run_with_logs(&mut chosen.machine, logs, &mut |moment, machine, address| {
+    let reboots = demo::run_with_logs(chosen, logs, &mut |moment, machine, address| {
         match moment {
             Moment::Serving => {
                 memory.extend(memory::measure(machine, "before the seamless reboot")?);

@@ -1,17 +1,16 @@
 //! The client outside as a process of its own, so that it runs in the test bed's network namespace.
 //!
-//! Reads commands from standard input: `mark NAME` begins a phase, `finish` (or the end of input) reads
-//! the ledger back, prints the report as JSON and ends.
+//! Reads orders from standard input, as [`understudy_tests::outside`] tells; at the end it reads the ledger
+//! back and prints the report as JSON.
 #![forbid(unsafe_code)]
 
-use std::io::BufRead;
 use std::net::SocketAddr;
-use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Parser;
 use understudy_tests::client::{Client, TICK};
+use understudy_tests::outside::obey;
 
 /// Asks for a page and appends a line to a ledger again and again, and tells what it saw.
 #[derive(Parser)]
@@ -33,14 +32,6 @@ struct Arguments {
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    let (sender, commands) = mpsc::channel::<String>();
-    std::thread::spawn(move || {
-        for line in std::io::stdin().lock().lines().map_while(Result::ok) {
-            if sender.send(line).is_err() {
-                return;
-            }
-        }
-    });
     let mut client = Client::new(
         arguments.page,
         arguments.ledger,
@@ -48,20 +39,7 @@ fn main() -> Result<()> {
         Duration::from_millis(arguments.every.max(1)),
     )
     .context("starting")?;
-    loop {
-        client
-            .run_until(Instant::now() + Duration::from_millis(20))
-            .context("the client's event loop")?;
-        match commands.try_recv() {
-            Ok(line) => match line.split_once(' ') {
-                Some(("mark", phase)) => client.mark(phase),
-                _ if line == "finish" => break,
-                _ => anyhow::bail!("{line:?} is no command; say \"mark NAME\" or \"finish\""),
-            },
-            Err(mpsc::TryRecvError::Empty) => {}
-            Err(mpsc::TryRecvError::Disconnected) => break,
-        }
-    }
+    obey(&mut client)?;
     let report = client.finish().context("reading the ledger back")?;
     println!("{}", serde_json::to_string(&report)?);
     Ok(())

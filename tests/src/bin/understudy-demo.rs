@@ -3,10 +3,10 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Parser;
 use understudy_tests::bed::{Stage, repository};
-use understudy_tests::demo::{Chosen, run_with_logs};
+use understudy_tests::demo::{Chosen, publish, run_with_logs};
 
 /// Reboots a serving Debian guest into its new kernel, then reboots it the ordinary way, and compares.
 #[derive(Parser)]
@@ -25,12 +25,7 @@ fn main() -> Result<()> {
     let binaries = Stage::binaries()?;
     let target = repository().join("target");
     let mut chosen = Chosen::new(arguments.node.as_deref(), &binaries)?;
-    let outcome = run_with_logs(&mut chosen.machine, &target.join("demo-logs"), &mut |_, _, _| {
-        Ok(())
-    })?;
+    let outcome = run_with_logs(&mut chosen, &target.join("demo-logs"), &mut |_, _, _| Ok(()))?;
     let json = arguments.json.unwrap_or_else(|| target.join("demo.json"));
-    std::fs::write(&json, serde_json::to_vec_pretty(&outcome)?)
-        .with_context(|| format!("cannot write {}", json.display()))?;
-    println!("\n{}\n  also as JSON: {}", outcome.table(), json.display());
-    Ok(())
+    publish(&outcome, &outcome.table(), &json)
 }

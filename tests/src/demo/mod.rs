@@ -1,9 +1,11 @@
 //! The main job on real input: a stock Debian guest is rebooted into its new kernel while it serves, and
 //! then, for comparison, rebooted the ordinary way.
 
+pub mod host;
 mod outcome;
 mod place;
 mod show;
+mod table;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -14,8 +16,9 @@ use serde_json::Value;
 pub use outcome::Outcome;
 pub use place::Chosen;
 use show::Show;
+pub use table::publish;
 
-use crate::bed::wait_until;
+use crate::bed::{Stage, wait_until};
 use crate::client::TICK;
 use crate::load::Load;
 use crate::machine::{LEDGER_PORT, Machine, condition_is};
@@ -32,24 +35,31 @@ const TRIES: u32 = 3;
 /// How long the client runs before and after, to see what is usual.
 const QUIET: Duration = Duration::from_secs(10);
 
-/// The guest as its owner declares it; its disk is `web.img`.
-pub const GUEST_MANIFEST: &str = r#"apiVersion: understudy.dev/v1alpha1
+/// The MAC address of [`GUEST`].
+pub const MAC: &str = "52:54:00:77:01:01";
+
+/// A guest as its owner declares it; its disk is `NAME.img`. `more` is YAML of further fields.
+pub fn guest_manifest(name: &str, mac: &str, more: &str) -> String {
+    format!(
+        r#"apiVersion: understudy.dev/v1alpha1
 kind: Guest
 metadata:
-  name: web
+  name: {name}
 spec:
   cpus: 1
   memory: 512Mi
   boot:
-    fromDisk: {}
+    fromDisk: {{}}
   disks:
     - name: root
       role: Root
-      source: web.img
+      source: {name}.img
   networks:
     - bridge: br0
-      mac: 52:54:00:77:01:01
-"#;
+      mac: {mac}
+{more}"#
+    )
+}
 
 /// The reboot, with the kernel that is expected afterwards.
 fn reboot_manifest(kernel: &str) -> String {
@@ -105,7 +115,7 @@ pub fn run(machine: &mut Machine, watch: Watch) -> Result<Outcome> {
     step.done("stand-alone, on a directory of manifests");
 
     let step = show.step("Booting the guest");
-    machine.apply("guest.yaml", GUEST_MANIFEST)?;
+    machine.apply("guest.yaml", &guest_manifest(GUEST, MAC, ""))?;
     let address = machine.wait_for_guest(GUEST, BOOT_LIMIT)?;
     let before = guest_life(machine)?;
     ensure!(
@@ -172,7 +182,7 @@ pub fn run(machine: &mut Machine, watch: Watch) -> Result<Outcome> {
         let fresh = !boot.is_empty() && boot != after.boot_id && condition_is(guest, "Ready", "True");
         Ok(fresh.then_some(()))
     })?;
-    wait_for_services(machine, &address)?;
+    wait_for_services(machine, &address, &[80, LEDGER_PORT])?;
     let ordinary = ordinary.elapsed();
     client.mark("last")?;
     std::thread::sleep(QUIET / 2);
@@ -236,9 +246,9 @@ pub fn install_kernel(machine: &Machine, address: &str) -> Result<()> {
     Ok(())
 }
 
-/// Waits until page and ledger answer the client outside.
-fn wait_for_services(machine: &Machine, address: &str) -> Result<()> {
-    for port in [80, LEDGER_PORT] {
+/// Waits until these ports take connections from outside.
+fn wait_for_services(machine: &Machine, address: &str, ports: &[u16]) -> Result<()> {
+    for port in ports {
         wait_until(
             &format!("port {port} of the guest"),
             BOOT_LIMIT,
@@ -260,7 +270,7 @@ fn wait_for_services(machine: &Machine, address: &str) -> Result<()> {
 
 /// Shows the reboot's phases until it has ended; an error unless it succeeded.
 fn follow(machine: &Machine, show: &Show) -> Result<Value> {
-    let mut bar = show.reboot();
+    let mut bar = show.phases(show::REBOOT);
     let object = machine.wait_for("SeamlessReboot", REBOOT, "to end", REBOOT_LIMIT, |object| {
         bar.show(&object["status"]);
         let phase = object["status"]["phase"].as_str().unwrap_or_default();
@@ -282,21 +292,33 @@ fn follow(machine: &Machine, show: &Show) -> Result<Value> {
 
 /// Runs the demo and keeps every log in `logs` where it fails. A run in which the emulated processor lost a
 /// guest is begun anew, and says so.
-pub fn run_with_logs(machine: &mut Machine, logs: &Path, watch: Watch) -> Result<Outcome> {
+pub fn run_with_logs(chosen: &mut Chosen, logs: &Path, watch: Watch) -> Result<Outcome> {
     let mut tries = 1;
     loop {
-        let result = run(machine, &mut *watch);
-        if result.is_ok() {
-            return result;
-        }
-        match machine.collect_logs(logs) {
-            Ok(()) => eprintln!("The logs of all parts are in {}", logs.display()),
-            Err(error) => eprintln!("The logs could not be collected: {error:#}"),
-        }
-        if tries == TRIES || !machine.emulator_lost_a_guest()? {
+        let result = run(&mut chosen.machine, &mut *watch);
+        if result.is_ok() || !is_tried_again(&chosen.machine, chosen.stage.as_ref(), logs, tries) {
             return result;
         }
         tries += 1;
-        eprintln!("\nThe emulated processor lost a guest (triple fault). Once more, try {tries} of {TRIES}.");
     }
+}
+
+/// After a try that failed: keeps all logs, and tells whether the emulated processor was to blame and there
+/// shall be another one.
+fn is_tried_again(machine: &Machine, stage: Option<&Stage>, logs: &Path, tries: u32) -> bool {
+    let lost = machine.emulator_lost_a_guest().unwrap_or_default();
+    // Logs are on the node's disk, and it may be down.
+    let powered = stage.map_or(Ok(()), Stage::power_on);
+    match powered.and_then(|()| machine.collect_logs(logs)) {
+        Ok(()) => eprintln!("The logs of all parts are in {}", logs.display()),
+        Err(error) => eprintln!("The logs could not be collected: {error:#}"),
+    }
+    if tries == TRIES || !lost {
+        return false;
+    }
+    eprintln!(
+        "\nThe emulated processor lost a guest or the node (triple fault). Once more, try {} of {TRIES}.",
+        tries + 1
+    );
+    true
 }

@@ -1,12 +1,12 @@
 //! What the demo found: the table at its end, and the same as JSON.
 
-use std::fmt::Write as _;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::table::{Table, ms};
 use crate::client::{Phase, Report};
 use crate::machine::Machine;
 
@@ -96,26 +96,13 @@ impl Outcome {
 
     /// What must hold, whatever the machine: nothing that was acknowledged is lost.
     pub fn check(&self) -> Result<()> {
-        ensure!(
-            self.client.acknowledged > 0,
-            "the ledger never acknowledged a line"
-        );
-        ensure!(
-            self.client.lost.is_empty() && self.client.found == self.client.acknowledged,
-            "{} acknowledged ledger lines are lost: {:?}",
-            self.client.acknowledged - self.client.found,
-            self.client.lost
-        );
-        Ok(())
+        self.client.ensure_nothing_lost()
     }
 
     /// The table.
     pub fn table(&self) -> String {
-        let mut text = String::new();
-        let mut row = |name: &str, value: String| {
-            let _ = writeln!(text, "  {name:<34} {value}");
-        };
-        let ms = |value: Option<i64>| value.map_or("-".to_owned(), |v| format!("{v} ms"));
+        let mut table = Table::default();
+        let mut row = |name: &str, value: String| table.row(name, value);
         row("where", self.machine.clone());
         row("kernel before", self.kernel_before.clone());
         row("kernel after", self.kernel_after.clone());
@@ -167,6 +154,6 @@ impl Outcome {
             ),
         );
         row("ordinary / seamless", format!("{:.0} times shorter", self.ratio));
-        text
+        table.text()
     }
 }

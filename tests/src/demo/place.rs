@@ -15,8 +15,8 @@ pub struct Chosen {
     pub why_not_here: Option<String>,
     /// The directory of our programs.
     pub binaries: PathBuf,
-    /// Held to the end: the node VM is ours alone meanwhile.
-    _stage: Option<Stage>,
+    /// The node VM, which is ours alone meanwhile, where the run takes place in one.
+    pub stage: Option<Stage>,
 }
 
 impl Chosen {
@@ -40,7 +40,7 @@ impl Chosen {
             machine,
             why_not_here: unable,
             binaries: binaries.to_path_buf(),
-            _stage: stage,
+            stage,
         })
     }
 }

@@ -6,7 +6,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
 /// Phases of a seamless reboot, in order.
-const PHASES: [&str; 7] = [
+pub const REBOOT: &[&str] = &[
     "Pending",
     "Confirmed",
     "Cloning",
@@ -14,6 +14,18 @@ const PHASES: [&str; 7] = [
     "Integrating",
     "CuttingOver",
     "Succeeded",
+];
+
+/// Phases of a NodeUpdate, in order.
+pub const NODE_UPDATE: &[&str] = &[
+    "Pending",
+    "Notified",
+    "Saving",
+    "Acknowledged",
+    "Rebooting",
+    "LoggingOn",
+    "Resuming",
+    "Resumed",
 ];
 
 /// The terminal.
@@ -41,15 +53,16 @@ impl Show {
         eprintln!("\n{text}");
     }
 
-    /// The phases of a seamless reboot.
-    pub fn reboot(&self) -> RebootBar {
-        let bar = ProgressBar::new(PHASES.len() as u64 - 1);
+    /// Phases that will pass, in order: [`REBOOT`] or [`NODE_UPDATE`].
+    pub fn phases(&self, phases: &'static [&'static str]) -> PhaseBar {
+        let bar = ProgressBar::new(phases.len() as u64 - 1);
         if let Ok(style) = ProgressStyle::with_template("  {bar:24} {elapsed:>4}  {msg}") {
             bar.set_style(style);
         }
         bar.enable_steady_tick(Duration::from_millis(200));
-        RebootBar {
+        PhaseBar {
             bar,
+            phases,
             phase: String::new(),
             started: Instant::now(),
         }
@@ -76,22 +89,23 @@ impl Step {
     }
 }
 
-/// The phases of a seamless reboot, as they pass.
-pub struct RebootBar {
+/// Phases, as they pass.
+pub struct PhaseBar {
     bar: ProgressBar,
+    phases: &'static [&'static str],
     phase: String,
     started: Instant,
 }
 
-impl RebootBar {
-    /// Shows a status of the reboot.
+impl PhaseBar {
+    /// Shows a status that has one of the phases.
     pub fn show(&mut self, status: &Value) {
         let phase = status["phase"].as_str().unwrap_or("Pending");
         let message = status["progress"]["message"].as_str().unwrap_or_default();
         self.bar.set_message(format!("{phase} {message}"));
         if phase != self.phase {
             self.phase = phase.to_owned();
-            let place = PHASES.iter().position(|p| *p == phase).unwrap_or(0);
+            let place = self.phases.iter().position(|p| *p == phase).unwrap_or(0);
             self.bar.set_position(place as u64);
             let at = self.started.elapsed().as_secs_f64();
             self.bar.suspend(|| eprintln!("  {at:>6.1} s  {phase}"));

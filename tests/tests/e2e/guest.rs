@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use understudy_tests::bed::{Ssh, wait_until};
 pub use understudy_tests::demo::GUEST;
-use understudy_tests::demo::GUEST_MANIFEST;
+use understudy_tests::demo::{MAC, guest_manifest};
 use understudy_tests::e2e::Context;
 use understudy_tests::machine::{Machine, condition_is};
 
@@ -29,7 +29,7 @@ impl Guest {
         machine.clear()?;
         machine.place_disk("web.img")?;
         machine.start_agent()?;
-        machine.apply("guest.yaml", GUEST_MANIFEST)?;
+        machine.apply("guest.yaml", &guest_manifest(GUEST, MAC, ""))?;
         let guest = Guest::reached(machine)?;
         context.say("the guest serves");
         Ok(guest)

@@ -5,7 +5,6 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 use understudy_tests::bed::wait_until;
-use understudy_tests::client::Report;
 use understudy_tests::demo::install_kernel;
 use understudy_tests::e2e::Context;
 use understudy_tests::load::Load;
@@ -81,17 +80,6 @@ fn succeeded(machine: &Machine, name: &str) -> Result<Value> {
     Ok(object)
 }
 
-fn nothing_lost(report: &Report) -> Result<()> {
-    ensure!(
-        report.acknowledged > 0 && report.found == report.acknowledged,
-        "of {} acknowledged lines {} were found, lost are {:?}",
-        report.acknowledged,
-        report.found,
-        report.lost
-    );
-    Ok(())
-}
-
 /// Claim 1 of the patent from the guest's own mouth to the end: the newer kernel is installed in it, it asks
 /// to stay active through its reboot, and does.
 pub fn a_guest_that_asks_is_rebooted_into_its_new_kernel_while_it_serves(context: &Context) -> Result<()> {
@@ -146,7 +134,7 @@ pub fn a_guest_that_asks_is_rebooted_into_its_new_kernel_while_it_serves(context
         "interruption {} ms; lines {} of {}",
         result["interruptionMilliseconds"], report.found, report.acknowledged
     ));
-    nothing_lost(&report)?;
+    report.ensure_nothing_lost()?;
     let answered = report.phases.get("after").map_or(0, |seen| seen.page.answered);
     ensure!(answered > 0, "the page does not answer after the reboot");
     ensure!(
@@ -222,7 +210,7 @@ pub fn the_agent_may_die_at_every_step(context: &Context) -> Result<()> {
     std::thread::sleep(QUIET);
     let report = load.finish()?;
     context.say(&format!("lines {} of {}", report.found, report.acknowledged));
-    nothing_lost(&report)?;
+    report.ensure_nothing_lost()?;
     let answered = report.phases.get("after").map_or(0, |seen| seen.page.answered);
     ensure!(answered > 0, "the page does not answer after the reboot");
 
@@ -294,5 +282,5 @@ pub fn a_clone_that_panics_or_stays_silent_costs_nothing(context: &Context) -> R
         status["message"].as_str().unwrap_or_default()
     ));
     ensure!(guest.status("bootID")? == boot_id, "the guest was rebooted");
-    nothing_lost(&load.finish()?)
+    load.finish()?.ensure_nothing_lost()
 }
