@@ -123,7 +123,7 @@ fn power_lost_twice_costs_nothing_that_was_acknowledged() {
         for second in 0..10 {
             let mut scenario = Scenario::quiet(first);
             let at = i64::try_from(first).unwrap() * 400 * MS;
-            let again = at + SECOND + i64::try_from(second).unwrap() * 5 * SECOND;
+            let again = at + SECOND + i64::from(second) * 5 * SECOND;
             scenario.faults = vec![(at, Fault::PowerLost), (again, Fault::PowerLost)];
             play_or_tell(&scenario);
         }
