@@ -42,7 +42,7 @@ test: setup ## Everything: check, then the end-to-end tests on a node VM
 	$(MAKE) e2e
 
 e2e: build ## End-to-end tests on the node VM; T=name for one of them
-	@UNDERSTUDY_E2E=1 $(TIMED) end-to-end cargo test -p understudy-tests --test e2e -- $(T) $(ARGS)
+	@UNDERSTUDY_E2E=1 $(TIMED) end-to-end cargo test --workspace --test e2e -- $(T) $(ARGS)
 
 demo: build ## The main job on real input: a seamless reboot, and an ordinary one beside it
 	@$(BIN)/understudy-demo $(ARGS)
