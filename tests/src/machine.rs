@@ -188,10 +188,6 @@ impl Machine {
         let (program, state) = (self.program("understudy-node"), self.path(STATE));
         match &mut self.place {
             Place::Node(node) => {
-                for name in ["understudy-vmm", "understudy-node"] {
-                    node.ssh()
-                        .push(&self.binaries.join(name), &format!("{NODE_BIN}/{name}"), 0o755)?;
-                }
                 node.ssh().run("mkdir -p /etc/understudy")?;
                 node.ssh().write("/etc/understudy/node.yaml", &config)?;
                 node.ssh().run(&format!(

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::bed::{Ssh, wait_until};
+use crate::bed::Ssh;
 use crate::client::Report;
 use crate::counter;
 use crate::demo::{GUEST, MAC, guest_manifest};
@@ -87,12 +87,7 @@ impl Pair {
         let [first, second] = Pair::members().map(|(name, _, _)| -> Result<Guest> {
             let address = machine.wait_for_guest(name, BOOT_LIMIT)?;
             let ssh = machine.guest(&address);
-            wait_until(
-                &format!("ssh into guest {name}"),
-                BOOT_LIMIT,
-                Duration::from_secs(1),
-                || Ok(ssh.answers()?.then_some(())),
-            )?;
+            ssh.wait(BOOT_LIMIT, || Ok(()))?;
             Ok(Guest { name, address, ssh })
         });
         Ok(Pair {
@@ -115,10 +110,13 @@ impl Pair {
         &self.guests[1]
     }
 
-    /// Who both are.
+    /// Who both are, once both can be logged into: a guest that was just resumed is slow while its memory comes.
     pub fn lives(&self) -> Result<[Life; 2]> {
-        // Connections from before a reboot of the host may be waited for in vain.
-        self.guests.iter().for_each(|guest| guest.ssh.forget());
+        for guest in &self.guests {
+            // A connection from before a reboot of the host may be waited for in vain.
+            guest.ssh.forget();
+            guest.ssh.wait(BOOT_LIMIT, || Ok(()))?;
+        }
         Ok([self.guests[0].life()?, self.guests[1].life()?])
     }
 

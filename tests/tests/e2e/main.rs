@@ -37,8 +37,8 @@ const TESTS: &[Test] = &[
     ("what_cannot_work_says_why", refusals::what_cannot_work_says_why),
 ];
 
-/// Those that are run by hand: `make e2e T=name ARGS=--include-ignored`. The first needs minutes of two busy guests,
-/// for which an emulated processor is slow; those of host reboots have not been seen through to their ends yet.
+/// Those that are run by hand, since they take from ten minutes on an emulated host: `make e2e T=name
+/// ARGS=--include-ignored`. Of the host reboots the one that is typed was seen through; the others have not been yet.
 const LONG: &[Test] = &[
     (
         "the_agent_may_die_at_every_step",
