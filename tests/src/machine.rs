@@ -247,10 +247,8 @@ impl Machine {
         }
     }
 
-    /// Whether the machine is emulated and it, or a guest on it, has ended in a triple fault. QEMU's emulation of SVM
-    /// loses a guest now and then while two run busily, with one processor or two (7.2; seen in a trace: the
-    /// interrupt that KVM injects at an entry cannot be delivered, nor the faults that follow, though the
-    /// guest was sound at its exit just before); 10.0 lost the node itself. No promise hangs on such a run.
+    /// Whether the machine is emulated and it, or a guest on it, has ended in a triple fault. Two faults of
+    /// QEMU 7.2 did that; the bed's own QEMU is mended (`tests/bed/qemu`), and none was seen since.
     pub fn emulator_lost_a_guest(&self) -> Result<bool> {
         let Place::Node(node) = &self.place else {
             return Ok(false);
