@@ -9,9 +9,6 @@ use crate::bed::{Node, Ssh, Stage, repository};
 use crate::machine::Machine;
 use anyhow::{Context as _, Result, anyhow};
 
-/// How often a test is begun at most: see [`Machine::emulator_lost_a_guest`].
-const TRIES: u32 = 3;
-
 /// One run of the tests, on one stage.
 pub struct Run {
     stage: Stage,
@@ -63,31 +60,17 @@ impl Run {
         Ok(Self { stage, binaries, dir })
     }
 
-    /// Runs one test; what went on is collected when it fails. One in which the emulated processor lost a guest
-    /// is run again, and says so.
+    /// Runs one test; what went on is collected when it fails.
     pub fn test(&self, name: &str, test: fn(&Context) -> Result<()>) -> Result<(), String> {
-        let mut tries = 1;
-        loop {
-            let Err(error) = self.run(name, test) else {
-                return Ok(());
-            };
-            let mut machine = Machine::in_node(&self.stage, &self.binaries);
-            let lost = machine.emulator_lost_a_guest().unwrap_or_default();
+        self.run(name, test).map_err(|error| {
             // Logs are on its disk, and a test may have failed while the node was down.
             let powered = self.stage.power_on();
-            let logs = match powered.and_then(|()| self.collect(&format!("{name}-{tries}"))) {
+            let logs = match powered.and_then(|()| self.collect(name)) {
                 Ok(dir) => format!("logs: {}", dir.display()),
                 Err(error) => format!("logs could not be collected: {error:#}"),
             };
-            if tries < TRIES && lost && machine.clear().is_ok() {
-                tries += 1;
-                eprintln!(
-                    "    the emulated processor lost a guest or the node (triple fault): once more, try {tries} of {TRIES}; {logs}"
-                );
-                continue;
-            }
-            return Err(format!("{error:#}\n{logs}"));
-        }
+            format!("{error:#}\n{logs}")
+        })
     }
 
     fn run(&self, name: &str, test: fn(&Context) -> Result<()>) -> Result<()> {

@@ -37,6 +37,7 @@ impl Ledger {
     /// Opens or creates the file. A last line without newline was never acknowledged (it was torn by
     /// a crash) and is cut off.
     pub fn open(path: &Path) -> io::Result<Self> {
+        let is_new = !path.exists();
         let mut file = OpenOptions::new()
             .read(true)
             .append(true)
@@ -53,7 +54,10 @@ impl Ledger {
             file.set_len(whole as u64)?;
         }
         file.sync_all()?;
-        if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        if let Some(parent) = path
+            .parent()
+            .filter(|parent| is_new && !parent.as_os_str().is_empty())
+        {
             File::open(parent)?.sync_all()?;
         }
         let lines = content[..whole].iter().filter(|byte| **byte == b'\n').count() as u64;

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::bed::{End, Images, NODE_BIN, NetNs, Node, Ssh, Stage, Status, cache_dir, wait_until};
+use crate::bed::{Images, NODE_BIN, NetNs, Node, Ssh, Stage, Status, cache_dir, wait_until};
 
 /// Where the agent's own files and the guests' disks are on the machine.
 const STATE: &str = "/var/lib/understudy";
@@ -245,21 +245,6 @@ impl Machine {
             }
             Place::Here { .. } => self.stop_agent(),
         }
-    }
-
-    /// Whether the machine is emulated and it, or a guest on it, has ended in a triple fault. Two faults of
-    /// QEMU 7.2 did that; the bed's own QEMU is mended (`tests/bed/qemu`), and none was seen since.
-    pub fn emulator_lost_a_guest(&self) -> Result<bool> {
-        let Place::Node(node) = &self.place else {
-            return Ok(false);
-        };
-        if node.status() == Status::Down {
-            return Ok(node.end() == End::Lost);
-        }
-        let found = self.sh(&format!(
-            "find {STATE}/logs {STATE}/e2e -name 'vmm*.log' -exec grep -l 'triple fault' {{}} + 2>&1 || true"
-        ))?;
-        Ok(found.lines().any(|line| line.starts_with('/')))
     }
 
     /// Has the agent kill itself at these points, `STEP:before` or `STEP:after`, once at each.

@@ -30,8 +30,6 @@ const REBOOT: &str = "web-new-kernel";
 const BOOT_LIMIT: Duration = Duration::from_secs(300);
 const REBOOT_LIMIT: Duration = Duration::from_secs(900);
 const INSTALL_LIMIT: Duration = Duration::from_secs(600);
-/// How often a run is begun at most: see [`Machine::emulator_lost_a_guest`].
-const TRIES: u32 = 3;
 /// How long the client runs before and after, to see what is usual.
 const QUIET: Duration = Duration::from_secs(10);
 
@@ -290,35 +288,17 @@ fn follow(machine: &Machine, show: &Show) -> Result<Value> {
     Ok(object)
 }
 
-/// Runs the demo and keeps every log in `logs` where it fails. A run in which the emulated processor lost a
-/// guest is begun anew, and says so.
+/// Runs the demo and keeps every log in `logs` where it fails.
 pub fn run_with_logs(chosen: &mut Chosen, logs: &Path, watch: Watch) -> Result<Outcome> {
-    let mut tries = 1;
-    loop {
-        let result = run(&mut chosen.machine, &mut *watch);
-        if result.is_ok() || !is_tried_again(&chosen.machine, chosen.stage.as_ref(), logs, tries) {
-            return result;
-        }
-        tries += 1;
-    }
+    run(&mut chosen.machine, watch).inspect_err(|_| keep_logs(&chosen.machine, chosen.stage.as_ref(), logs))
 }
 
-/// After a try that failed: keeps all logs, and tells whether the emulated processor was to blame and there
-/// shall be another one.
-fn is_tried_again(machine: &Machine, stage: Option<&Stage>, logs: &Path, tries: u32) -> bool {
-    let lost = machine.emulator_lost_a_guest().unwrap_or_default();
+/// Keeps the logs of all parts, and says where.
+fn keep_logs(machine: &Machine, stage: Option<&Stage>, logs: &Path) {
     // Logs are on the node's disk, and it may be down.
     let powered = stage.map_or(Ok(()), Stage::power_on);
     match powered.and_then(|()| machine.collect_logs(logs)) {
         Ok(()) => eprintln!("The logs of all parts are in {}", logs.display()),
         Err(error) => eprintln!("The logs could not be collected: {error:#}"),
     }
-    if tries == TRIES || !lost {
-        return false;
-    }
-    eprintln!(
-        "\nThe emulated processor lost a guest or the node (triple fault). Once more, try {} of {TRIES}.",
-        tries + 1
-    );
-    true
 }

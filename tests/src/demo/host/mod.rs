@@ -12,7 +12,7 @@ use serde_json::Value;
 pub use outcome::{GuestOutcome, Interruption, Outcome};
 
 use super::show::{self, Show};
-use super::{QUIET, is_tried_again, wait_for_services};
+use super::{QUIET, keep_logs, wait_for_services};
 use crate::bed::{Node, Stage, wait_until};
 use crate::machine::{COUNTER_PORT, LEDGER_PORT, Machine, all, condition_message, find};
 use crate::pair::{Clients, Pair};
@@ -51,18 +51,11 @@ struct Run<'a> {
 }
 
 /// Runs the demo on the node VM of this name, whose root disk is made anew, and keeps every log in `logs` where it
-/// fails. A run in which the emulated processor lost guest or node is begun anew, and says so.
+/// fails.
 pub fn run_with_logs(node: &str, binaries: &Path, logs: &Path) -> Result<Outcome> {
-    let mut tries = 1;
-    loop {
-        let stage = Stage::set_anew(node, binaries)?;
-        let mut machine = Machine::in_node(&stage, binaries);
-        let result = run(&mut machine, &stage);
-        if result.is_ok() || !is_tried_again(&machine, Some(&stage), logs, tries) {
-            return result;
-        }
-        tries += 1;
-    }
+    let stage = Stage::set_anew(node, binaries)?;
+    let mut machine = Machine::in_node(&stage, binaries);
+    run(&mut machine, &stage).inspect_err(|_| keep_logs(&machine, Some(&stage), logs))
 }
 
 /// Runs the demo. Whatever fails is an error; the caller keeps the logs.
