@@ -47,7 +47,6 @@ impl World {
         let report = World::slow(&instance)
             .activate(&request)
             .map_err(|error| Side::Clone.vmm(&instance, &error))?;
-        self.node.drop_responders(&resolved.uid, instance.incarnation);
         tracing::info!(
             guest = %self.guest,
             incarnation = instance.incarnation,
@@ -146,6 +145,8 @@ impl World {
         let owner = self.owner(&resolved)?;
         let uid = &resolved.uid;
         let before = self.node.records.dormant(uid).map_err(retry)?;
+        // Nobody asks them any more since the clone has the true network.
+        self.node.drop_responders(uid, operation.clone_incarnation());
         let incarnation = operation.guest_incarnation();
         if let Some(before) = before.filter(|before| before.incarnation != incarnation) {
             remove_dormant(&self.node, &resolved, Some(&owner), &before).map_err(retry)?;

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use understudy_api::reboot::Remains;
 use understudy_channel::{Reply, Request};
 use understudy_vmm_control::api::{Commit, Gates, HoldReport, HoldRequest, VmState};
 use understudy_vmm_control::client::ClientError;
@@ -12,9 +11,6 @@ use super::{AGENT, AGENT_SLOW, World};
 use crate::handover::effects::Sealed;
 use crate::handover::{EffectError, Effected, ErrorKind, Operation};
 use crate::host;
-
-/// Most open files without a name that a status names.
-const MAX_UNLINKED: usize = 100;
 
 impl World {
     fn hold(&self, operation: &Operation, gates: Gates, lease_ms: u64) -> Effected<HoldReport> {
@@ -37,33 +33,15 @@ impl World {
         self.hold(operation, gates, lease_ms).map(drop)
     }
 
-    pub(super) fn do_freeze_userland(&mut self, operation: &Operation, lease_ms: u64) -> Effected<Remains> {
+    pub(super) fn do_freeze_userland(&mut self, operation: &Operation, lease_ms: u64) -> Effected<()> {
         let agent = self.guest_agent(operation)?;
-        let limit = Duration::from_millis(lease_ms).min(AGENT_SLOW);
-        let failed = |error: &_| Side::Guest.agent(error);
-        // Before the freezing: a frozen program's sockets and files are still there, and the time counts.
-        let remains = match agent
-            .ask(&Request::Remains, limit)
-            .map_err(|error| failed(&error))?
-        {
-            Reply::Remains(remains) => remains,
-            _ => {
-                return Err(EffectError::new(
-                    ErrorKind::Refused,
-                    "the guest did not say what remains",
-                ));
-            }
-        };
         let freeze = Request::FreezeUserland {
             watchdog_ms: u32::try_from(lease_ms).unwrap_or(u32::MAX),
             stop: operation.plan.stop.clone(),
         };
-        agent.done(&freeze, limit).map_err(|error| failed(&error))?;
-        Ok(Remains {
-            unlinked_open_files: remains.unlinked_open.into_iter().take(MAX_UNLINKED).collect(),
-            tcp_connections: i64::from(remains.tcp_connections),
-            processes: i64::from(remains.processes),
-        })
+        agent
+            .done(&freeze, Duration::from_millis(lease_ms).min(AGENT_SLOW))
+            .map_err(|error| Side::Guest.agent(&error))
     }
 
     pub(super) fn do_seal(&mut self, operation: &Operation, lease_ms: u64) -> Effected<Sealed> {

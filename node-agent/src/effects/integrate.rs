@@ -3,12 +3,12 @@
 use std::time::{Duration, Instant};
 
 use understudy_api::conditions::reasons;
-use understudy_api::reboot::{Conflict, OnConflict};
+use understudy_api::reboot::{Conflict, OnConflict, Remains};
 use understudy_channel as channel;
-use understudy_channel::{Export, Import, Purpose};
+use understudy_channel::{Export, Import, Purpose, Reply, Request};
 
-use super::World;
 use super::errors::{Side, relay as relay_error};
+use super::{AGENT_SLOW, World};
 use crate::guest_agent::{Session, connect, count, relay};
 use crate::handover::effects::Round;
 use crate::handover::{EffectError, Effected, ErrorKind, Moment, Operation};
@@ -18,6 +18,8 @@ use crate::host;
 const CONNECT: Duration = Duration::from_secs(10);
 /// Most conflicts that a round names.
 const MAX_CONFLICTS: usize = 100;
+/// Most open files without a name that a status names.
+const MAX_UNLINKED: usize = 100;
 
 impl World {
     pub(super) fn do_integrate(
@@ -79,7 +81,24 @@ impl World {
                     kept: conflict.kept,
                 })
                 .collect(),
+            remains: (!last).then(|| self.remains(operation)).transpose()?,
         })
+    }
+
+    /// What a cutover could not carry over, as of now.
+    fn remains(&self, operation: &Operation) -> Effected<Remains> {
+        let asked = self.guest_agent(operation)?.ask(&Request::Remains, AGENT_SLOW);
+        match asked.map_err(|error| Side::Guest.agent(&error))? {
+            Reply::Remains(remains) => Ok(Remains {
+                unlinked_open_files: remains.unlinked_open.into_iter().take(MAX_UNLINKED).collect(),
+                tcp_connections: i64::from(remains.tcp_connections),
+                processes: i64::from(remains.processes),
+            }),
+            _ => Err(EffectError::new(
+                ErrorKind::Refused,
+                "the guest did not say what remains",
+            )),
+        }
     }
 
     pub(super) fn do_count_dirty(&mut self, operation: &Operation) -> Effected<u64> {

@@ -11,7 +11,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use understudy_api::Guest;
-use understudy_api::reboot::Remains;
 use understudy_vmm_control::api::VmState;
 use understudy_vmm_control::client::Client;
 use understudy_vmm_control::owner::Owner;
@@ -219,7 +218,7 @@ impl Effects for World {
         self.unless_stopped(operation, result)
     }
 
-    fn freeze_userland(&mut self, operation: &Operation, lease_ms: u64) -> Effected<Remains> {
+    fn freeze_userland(&mut self, operation: &Operation, lease_ms: u64) -> Effected<()> {
         let result = self.do_freeze_userland(operation, lease_ms);
         self.unless_stopped(operation, result)
     }

@@ -119,7 +119,7 @@ fn perform(operation: &Operation, now: Moment, effects: &mut impl Effects) -> Ef
             .map(done),
         Step::FreezeUserland => effects
             .freeze_userland(operation, lease_ms(operation, now))
-            .map(Outcome::Remains),
+            .map(done),
         Step::FinalIntegrate => {
             let deadline = operation.held_at.map(|held| held.plus(operation.plan.max_pause));
             effects.integrate(operation, true, deadline).map(Outcome::Round)

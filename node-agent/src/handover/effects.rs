@@ -120,6 +120,8 @@ pub struct Round {
     pub conflicts: Vec<Conflict>,
     /// How many they were.
     pub conflict_count: u64,
+    /// What a cutover could not carry over, as of the end of the round. Not of a last one: its time counts.
+    pub remains: Option<Remains>,
 }
 
 /// The guest, sealed.
@@ -199,8 +201,8 @@ pub trait Effects {
     /// Guest's VMM `hold` of the receive gate, for `lease_ms`.
     fn hold_ingress(&mut self, operation: &Operation, lease_ms: u64) -> Effected<()>;
 
-    /// Guest agent `Remains` and `FreezeUserland`, with a watchdog of `lease_ms`.
-    fn freeze_userland(&mut self, operation: &Operation, lease_ms: u64) -> Effected<Remains>;
+    /// Guest agent `FreezeUserland`, with a watchdog of `lease_ms`.
+    fn freeze_userland(&mut self, operation: &Operation, lease_ms: u64) -> Effected<()>;
 
     /// Guest's VMM `hold` of the transmit and write gates, for `lease_ms`.
     fn seal(&mut self, operation: &Operation, lease_ms: u64) -> Effected<Sealed>;

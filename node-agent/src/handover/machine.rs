@@ -7,11 +7,12 @@ use super::effects::{
     Activation, CloneBoot, EffectError, Effected, ErrorKind, Preflight, Round, Sealed, SplitOutcome,
 };
 use super::record::{Moment, Operation, Step, TakenBack, Trouble, Verdict};
-use understudy_api::reboot::Remains;
 use understudy_vmm_control::owner::Owner;
 
 /// Most rounds of integration before a cutover is tried whatever they cost.
 pub const MAX_ROUNDS: u32 = 20;
+/// A round that takes longer (in microseconds) is worth another one, as long as they become shorter.
+const WORTH_SHRINKING: i64 = 100_000;
 /// Most cutovers; the last one that is taken back fails the reboot.
 pub const MAX_CUTOVERS: i64 = 5;
 /// Most repetitions of the last round within a cutover.
@@ -64,8 +65,6 @@ pub enum Outcome {
     CloneBoot(Option<CloneBoot>),
     /// Of [`Step::Integrate`] and [`Step::FinalIntegrate`].
     Round(Round),
-    /// Of [`Step::FreezeUserland`].
-    Remains(Remains),
     /// Of [`Step::Seal`].
     Sealed(Sealed),
     /// Of [`Step::Verify`].
@@ -235,10 +234,7 @@ fn succeeded(operation: &mut Operation, outcome: Outcome, started: Moment, now: 
             operation.held_at = Some(started);
             operation.step = Step::FreezeUserland;
         }
-        (Step::FreezeUserland, Outcome::Remains(remains)) => {
-            operation.note_remains(remains);
-            operation.step = Step::FinalIntegrate;
-        }
+        (Step::FreezeUserland, _) => operation.step = Step::FinalIntegrate,
         (Step::FinalIntegrate, Outcome::Round(round)) => {
             integrated(operation, round, now.since(started));
             operation.step = Step::Seal;
@@ -361,9 +357,12 @@ fn integrated(operation: &mut Operation, round: Round, took: i64) {
     result.conflict_count = result.conflict_count.saturating_add(clamp(round.conflict_count));
     let room = MAX_CONFLICTS.saturating_sub(result.conflicts.len());
     result.conflicts.extend(round.conflicts.into_iter().take(room));
+    if round.remains.is_some() {
+        result.remains = round.remains;
+    }
 }
 
-/// Whether the next round is likely to fit into the cutover, or more rounds will not make it fit.
+/// Whether the next round is likely to fit into the cutover, and more rounds will not make it shorter.
 fn fits(operation: &Operation) -> bool {
     let [newest, before] = operation.round_times;
     let short = newest.is_some_and(|took| took <= operation.plan.max_pause / 4);
@@ -371,7 +370,10 @@ fn fits(operation: &Operation) -> bool {
         (Some(newest), Some(before)) => newest < before / 4 * 3,
         _ => true,
     };
-    short || operation.rounds_of_attempt >= 3 && !shrinks || operation.rounds_of_attempt >= MAX_ROUNDS
+    // Clients wait for the last round, so that one which is short enough may still be too long.
+    let worthwhile = shrinks && newest.is_some_and(|took| took > WORTH_SHRINKING);
+    let at_its_shortest = !worthwhile && (short || operation.rounds_of_attempt >= 3);
+    at_its_shortest || operation.rounds_of_attempt >= MAX_ROUNDS
 }
 
 fn go_forward(operation: &mut Operation, now: Moment) {

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use understudy_api::Phase;
 use understudy_api::conditions::reasons;
-use understudy_api::reboot::{FailedUnit, Incarnation, RebootResult, Remains, StartedUnit};
+use understudy_api::reboot::{FailedUnit, Incarnation, RebootResult, StartedUnit};
 use understudy_vmm_control::owner::Owner;
 use uuid::Uuid;
 
@@ -347,10 +347,6 @@ impl Operation {
             boot_id: boot_id.to_owned(),
             kernel_release: kernel_release.to_owned(),
         }
-    }
-
-    pub(super) fn note_remains(&mut self, remains: Remains) {
-        self.result.remains = Some(remains);
     }
 
     pub(super) fn note_units(&mut self, started: Vec<StartedUnit>, failed: Vec<FailedUnit>) {

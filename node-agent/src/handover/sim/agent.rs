@@ -403,6 +403,7 @@ impl Effects for World {
             dirty: dirty as u64,
             conflicts: Vec::new(),
             conflict_count: 0,
+            remains: (!last).then(Remains::default),
         })
     }
 
@@ -411,14 +412,13 @@ impl Effects for World {
         self.hold(GateSet::Receive, lease_ms).map(|_| ())
     }
 
-    fn freeze_userland(&mut self, operation: &Operation, lease_ms: u64) -> Effected<Remains> {
+    fn freeze_userland(&mut self, operation: &Operation, lease_ms: u64) -> Effected<()> {
         self.owns(operation)?;
         if self.is(Mutation::NoFreeze) {
-            return Ok(Remains::default());
+            return Ok(());
         }
         let watchdog = i64::try_from(lease_ms).unwrap() * MS;
-        self.send(Command::FreezeUserland { watchdog })?;
-        Ok(Remains::default())
+        self.send(Command::FreezeUserland { watchdog }).map(drop)
     }
 
     fn seal(&mut self, operation: &Operation, lease_ms: u64) -> Effected<Sealed> {
