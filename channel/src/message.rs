@@ -284,7 +284,7 @@ pub struct Export {
     pub applied: u64,
     /// User land is frozen: files open for writing and shared mappings are compared by content, too.
     pub last: bool,
-    /// Only count what is dirty, send no entries.
+    /// Only count what is dirty, send no entries. User land is frozen, and was at the last export.
     pub count_only: bool,
 }
 

@@ -304,12 +304,9 @@ impl<'a> Applier<'a> {
             return Ok(());
         }
         if rule == Rule::Merge && !matches!(node, Node::Directory { .. }) {
-            let ino = self.places.look(&spot)?.map(|f| f.stat.stx_ino);
-            let dev = self.places.views[spot.0].dev;
-            let stopped = self
-                .owners
-                .stop_owner(path, ino.map(|i| (dev, i)))
-                .map_err(Failure::Unit)?;
+            let found = self.places.look(&spot)?;
+            let there = found.as_ref().map(|found| (&spot, &found.stat));
+            let stopped = self.owners.stop_owner(path, there).map_err(Failure::Unit)?;
             if let Some(unit) = stopped {
                 self.memory.stopped_units.push(unit);
             }

@@ -12,6 +12,8 @@ use understudy_channel::{Entry, Export, FrameError, Node, Refusal, RoundEnd, Tra
 
 use crate::content::{BLOCK, Sender, Sent};
 use crate::filter::{Collect, Filter, FilterError, Spot, open_quietly};
+use crate::info;
+use crate::log::Laps;
 use crate::marks::Marks;
 use crate::plan::{Item, Plan, Trees, plan};
 use crate::read::{Found, Inode, What, read};
@@ -20,7 +22,7 @@ use crate::silent::{Changes, Silent, locate};
 use crate::sys::handle::{Handle, handle_of};
 use crate::view::{View, is_absent, is_kind, stat_fd};
 
-/// Most blocks that are remembered over all files: 256 GiB of content, at 24 bytes a block. Files beyond it
+/// Most blocks that are remembered over all files: 64 GiB of content, at 24 bytes a block. Files beyond it
 /// are sent whole in every round.
 const MAX_BLOCKS: usize = 4 << 20;
 
@@ -206,10 +208,11 @@ impl Capture {
         request: &Export,
         out: &mut impl Write,
     ) -> Result<RoundEnd, ExportError> {
+        let mut laps = Laps::begin();
         rounds.acknowledge(request.applied);
         rounds.sweep(&self.filter.views());
         let mut marks = std::mem::take(&mut rounds.carry);
-        if let Err(error) = self.collect(rounds, &mut marks, request.count_only) {
+        if let Err(error) = self.collect(rounds, &mut marks, request.count_only, &mut laps) {
             rounds.carry = marks;
             return Err(error);
         }
@@ -219,6 +222,8 @@ impl Capture {
             let planned = plan(&views, &marks, Trees::Leave, &swap);
             rounds.carry = marks;
             let end = estimate(&views, rounds, &planned.map_err(ExportError::Plan)?);
+            laps.lap("estimated");
+            info!("{} entries counted ({laps})", end.entries);
             write_frame(out, &Transfer::RoundEnd(end))?;
             return Ok(end);
         }
@@ -231,6 +236,7 @@ impl Capture {
         };
         rounds.unacknowledged.insert(round, unacknowledged);
         let Plan { items, raced } = planned.map_err(ExportError::Plan)?;
+        laps.lap("planned");
         self.moment(Moment::Planned, b"");
         let mut writer = RoundWriter {
             capture: self,
@@ -251,6 +257,11 @@ impl Capture {
         end.dirty = self.filter.pending() + left_out.len() as u64;
         rounds.carry.merge(left_out);
         write_frame(out, &Transfer::RoundEnd(end))?;
+        laps.lap("sent");
+        info!(
+            "round {round}: {} entries, {} bytes ({laps})",
+            end.entries, end.bytes
+        );
         Ok(end)
     }
 
@@ -258,15 +269,27 @@ impl Capture {
     ///
     /// `only_look`: the host asks behind its closed write gate, where a sync would hang until the lease ends.
     /// Nothing runs then that could still store into a shared page, so that nothing is missed.
-    fn collect(&self, rounds: &mut Rounds, marks: &mut Marks, only_look: bool) -> Result<(), ExportError> {
+    fn collect(
+        &self,
+        rounds: &mut Rounds,
+        marks: &mut Marks,
+        only_look: bool,
+        laps: &mut Laps,
+    ) -> Result<(), ExportError> {
         let views = self.filter.views();
-        let (silent, doubtful) = rounds.silent.look(&views).map_err(ExportError::Look)?;
+        let looked = match only_look {
+            true => rounds.silent.look_again(&views),
+            false => rounds.silent.look(&views),
+        };
+        let (silent, doubtful) = looked.map_err(ExportError::Look)?;
+        laps.lap("looked");
         mark_spots(&views, silent, marks).map_err(ExportError::Look)?;
         // See `silent`: stamps first, then out with everything, then contents are read.
         if !only_look {
             for view in &views {
                 view.sync().map_err(ExportError::Look)?;
             }
+            laps.lap("synced");
         }
         let differing = doubtful
             .into_iter()
@@ -275,6 +298,7 @@ impl Capture {
             .collect();
         mark_spots(&views, differing, marks).map_err(ExportError::Look)?;
         marks.merge(self.filter.drain()?);
+        laps.lap("drained");
         Ok(())
     }
 }

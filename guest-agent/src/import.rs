@@ -11,6 +11,7 @@ use understudy_channel::{
 
 use crate::apply::{Applier, ApplyError, Settings};
 use crate::filter::{Collect, Filter, FilterError, Spot};
+use crate::log::Laps;
 use crate::memory::Memory;
 use crate::rules::{Rule, rule};
 use crate::service::lock;
@@ -116,8 +117,11 @@ impl Importer {
         }
         let memory = guard.get_or_insert_with(Memory::default);
         let settings = self.settings(request.on_conflict);
+        let mut laps = Laps::begin();
         self.touched.catch_up()?;
-        let owners = Owners::look(&self.touched.views(), self.trees());
+        laps.lap("caught up");
+        let owners = Owners::new(self.touched.views(), self.trees());
+        laps.lap("owners");
         let mut applier = Applier::new(&settings, memory, &self.touched, owners);
         let mut reader = BufReader::with_capacity(128 * 1024, stream);
         let applied = loop {
@@ -126,16 +130,21 @@ impl Importer {
                 Transfer::Data { offset, bytes } => applier.data(offset, &bytes)?,
                 Transfer::Hole { offset, length } => applier.hole(offset, length)?,
                 Transfer::EntryEnd => applier.entry_end()?,
-                Transfer::RoundEnd(end) => break applier.round_end(&end)?,
+                Transfer::RoundEnd(end) => {
+                    laps.lap("applied");
+                    break applier.round_end(&end)?;
+                }
                 Transfer::Failed(refusal) => return Err(ImportError::Guest(refusal.reason)),
             }
         };
+        laps.lap("synced");
         let path = self.run_dir.clone();
         memory
             .store(&self.run_dir)
             .map_err(|source| ImportError::Memory { path, source })?;
+        laps.lap("stored");
         info!(
-            "round {}: {} entries, {} bytes, {} conflicts",
+            "round {}: {} entries, {} bytes, {} conflicts ({laps})",
             applied.round,
             applied.entries,
             applied.bytes,

@@ -83,3 +83,33 @@ macro_rules! info {
 macro_rules! warning {
     ($($arg:tt)*) => { $crate::log::line(4, format_args!($($arg)*)) };
 }
+
+/// How long the stages of something took, for one line of the log.
+#[derive(Debug)]
+pub struct Laps {
+    last: Instant,
+    text: String,
+}
+
+impl Laps {
+    /// Begins the first stage.
+    pub fn begin() -> Self {
+        Self {
+            last: Instant::now(),
+            text: String::new(),
+        }
+    }
+
+    /// Ends the stage `name` and begins the next one.
+    pub fn lap(&mut self, name: &str) {
+        let separator = if self.text.is_empty() { "" } else { ", " };
+        self.text += &format!("{separator}{name} {} us", self.last.elapsed().as_micros());
+        self.last = Instant::now();
+    }
+}
+
+impl fmt::Display for Laps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}

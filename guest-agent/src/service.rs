@@ -11,7 +11,7 @@ use understudy_channel::{
     Activated, Hello, Notice, Purpose, Refusal, VERSION_MAX, VERSION_MIN, Welcome, read_message, write_frame,
 };
 
-use crate::activate;
+use crate::activate::{self, Prepared};
 use crate::control::ControlSessions;
 use crate::describe;
 use crate::export::{Capture, ExportError};
@@ -88,6 +88,7 @@ pub struct Agent {
     capture: Mutex<Option<Arc<Capture>>>,
     /// The importing side, on a clone.
     importer: Mutex<Option<Arc<Importer>>>,
+    prepared: Mutex<Option<Prepared>>,
     activated: Mutex<Option<Activated>>,
     open: AtomicUsize,
 }
@@ -103,6 +104,7 @@ impl Agent {
             userland: Userland::default(),
             capture: Mutex::new(None),
             importer: Mutex::new(importer.map(Arc::new)),
+            prepared: Mutex::new(None),
             activated: Mutex::new(None),
             open: AtomicUsize::new(0),
         })
@@ -184,7 +186,8 @@ impl Agent {
         }
         let importer = lock(&self.importer).clone();
         let stopped = importer.map(|i| i.stopped_units(operation)).unwrap_or_default();
-        let done = activate::activate(&self.config.role, &stopped)?;
+        let prepared = lock(&self.prepared).take();
+        let done = activate::activate(&self.config.role, &stopped, prepared)?;
         // What changes from now on is nobody's conflict: watching it would only gather memory.
         if let Some(importer) = lock(&self.importer).take() {
             importer.end();
@@ -363,10 +366,7 @@ pub fn session(agent: &Arc<Agent>, mut stream: Stream) -> Result<(), understudy_
             };
             write_frame(&mut stream, &welcome)?;
             match capture.export(&request, &mut stream) {
-                Ok(end) => info!(
-                    "round {}: {} entries, {} bytes sent",
-                    end.round, end.entries, end.bytes
-                ),
+                Ok(_) => {}
                 Err(ExportError::Frame(error)) => return Err(error),
                 Err(error) => warning!("{error}"),
             }
@@ -383,7 +383,11 @@ pub fn session(agent: &Arc<Agent>, mut stream: Stream) -> Result<(), understudy_
             write_frame(&mut stream, &welcome)?;
             stream.set_read_timeout(Some(TRANSFER_TIMEOUT))?;
             let imported = importer.import(&request, &mut stream)?;
-            write_frame(&mut stream, &imported)
+            write_frame(&mut stream, &imported)?;
+            if let Some(prepared) = lock(&agent.prepared).as_mut() {
+                prepared.connect();
+            }
+            Ok(())
         }
     }
 }
@@ -426,6 +430,12 @@ fn watch_boot(agent: &Arc<Agent>) {
     agent
         .sessions
         .notify(&Notice::BootComplete(Box::new(description)));
+    if agent.config.role.is_waiting_clone() {
+        match activate::prepare(&agent.config.role) {
+            Ok(prepared) => *lock(&agent.prepared) = Some(prepared),
+            Err(error) => info!("what the cutover starts is looked up in it: {error}"),
+        }
+    }
 }
 
 fn wait_for_boot() -> Result<(), crate::bus::BusError> {

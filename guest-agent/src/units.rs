@@ -5,10 +5,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::fs::Statx;
+
+use crate::filter::{Spot, open_quietly};
 use crate::rules::never_stop;
-use crate::silent::writers;
+use crate::silent::{Writer, writers};
+use crate::sys::lease;
 use crate::systemd::{Systemd, Verb};
-use crate::view::View;
+use crate::view::{View, is_kind};
 
 /// How long a unit may take to stop.
 const STOP: Duration = Duration::from_secs(30);
@@ -22,24 +26,41 @@ pub type Trees = Vec<(Vec<u8>, String)>;
 #[derive(Debug, Default)]
 pub struct Owners {
     trees: Trees,
-    /// Files that processes of a unit have open for writing.
-    open: HashMap<Inode, String>,
+    views: Vec<Arc<View>>,
+    /// Files that processes of a unit have open for writing: looked at when the first file that is written by
+    /// somebody is asked about.
+    open: Option<HashMap<Inode, String>>,
 }
 
 impl Owners {
-    /// Finds out which files are open for writing by which unit, as of now. `trees` are asked for once: it
-    /// takes a call to systemd for every unit.
-    pub fn look(views: &[Arc<View>], trees: &Trees) -> Self {
-        let mut owners = Self {
+    /// Owners of files on these file systems, for one round. `trees` are asked for once: it takes a call to
+    /// systemd for every unit.
+    pub fn new(views: Vec<Arc<View>>, trees: &Trees) -> Self {
+        Self {
             trees: trees.clone(),
-            open: HashMap::new(),
-        };
-        for writer in writers(views) {
-            if let Some(unit) = unit_of(writer.pid).filter(|u| !never_stop(u)) {
-                owners.open.insert((views[writer.spot.0].dev, writer.ino), unit);
-            }
+            views,
+            open: None,
         }
-        owners
+    }
+
+    /// The unit of a process that has the file open for writing. Most files have none, which the kernel says
+    /// at once; to look through all processes takes long while clients wait.
+    fn writer(&mut self, spot: &Spot, stat: &Statx) -> Option<String> {
+        let view = &self.views[spot.0];
+        if !is_kind(stat, libc::S_IFREG) {
+            return None;
+        }
+        if let Ok(fd) = open_quietly(view, &spot.1)
+            && let Ok(false) = lease::is_written(&fd)
+        {
+            return None;
+        }
+        let inode = (view.dev, stat.stx_ino);
+        let views = &self.views;
+        self.open
+            .get_or_insert_with(|| holders(views))
+            .get(&inode)
+            .cloned()
     }
 
     /// State and cache directories of the running units.
@@ -63,8 +84,13 @@ impl Owners {
         Ok(trees)
     }
 
-    /// Stops the running unit that owns `path` (whose inode is `inode`), if there is one; returns its name.
-    pub fn stop_owner(&mut self, path: &[u8], inode: Option<Inode>) -> Result<Option<String>, String> {
+    /// Stops the running unit that owns `path`, if there is one; returns its name. `there` is what the clone has
+    /// at that path.
+    pub fn stop_owner(
+        &mut self,
+        path: &[u8],
+        there: Option<(&Spot, &Statx)>,
+    ) -> Result<Option<String>, String> {
         let within = |tree: &[u8]| {
             path.strip_prefix(tree)
                 .is_some_and(|rest| rest.is_empty() || rest.first() == Some(&b'/'))
@@ -73,13 +99,15 @@ impl Owners {
             .trees
             .iter()
             .find(|(tree, _)| within(tree))
-            .map(|(_, unit)| unit);
-        let by_file = inode.and_then(|i| self.open.get(&i));
-        let Some(unit) = by_tree.or(by_file).cloned() else {
+            .map(|(_, unit)| unit.clone());
+        let owner = by_tree.or_else(|| there.and_then(|(spot, stat)| self.writer(spot, stat)));
+        let Some(unit) = owner else {
             return Ok(None);
         };
         self.trees.retain(|(_, other)| *other != unit);
-        self.open.retain(|_, other| *other != unit);
+        if let Some(open) = self.open.as_mut() {
+            open.retain(|_, other| *other != unit);
+        }
         let stopped =
             Systemd::connect().and_then(|mut s| s.run_jobs(Verb::Stop, std::slice::from_ref(&unit), STOP));
         match stopped {
@@ -93,6 +121,15 @@ impl Owners {
             )),
         }
     }
+}
+
+/// Which files are open for writing by which unit, as of now.
+fn holders(views: &[Arc<View>]) -> HashMap<Inode, String> {
+    let held = |writer: Writer| {
+        let unit = unit_of(writer.pid).filter(|u| !never_stop(u))?;
+        Some(((views[writer.spot.0].dev, writer.ino), unit))
+    };
+    writers(views).into_iter().filter_map(held).collect()
 }
 
 /// The service to whose control group a process belongs.

@@ -3,6 +3,7 @@
 pub mod fanotify;
 pub mod freeze;
 pub mod handle;
+pub mod lease;
 pub mod netlink;
 pub mod packet;
 pub mod process;
