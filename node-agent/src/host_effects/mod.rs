@@ -182,6 +182,10 @@ impl Effects for HostWorld {
         self.do_save(update, session, lease_ms)
     }
 
+    fn pause_for_save(&mut self, _update: &Update, session: &Session) -> Effected<SaveProgress> {
+        self.do_pause_for_save(session)
+    }
+
     fn keep_saved(&mut self, _update: &Update, session: &Session, lease_ms: u64) -> Effected<SaveProgress> {
         self.do_keep_saved(session, lease_ms)
     }

@@ -97,6 +97,11 @@ impl HostWorld {
         Ok(progress)
     }
 
+    pub(super) fn do_pause_for_save(&mut self, session: &Session) -> Effected<SaveProgress> {
+        let result = sessions::pause(&self.node, &session.uid, session.checkpoint);
+        self.told(session, result)
+    }
+
     pub(super) fn do_keep_saved(&mut self, session: &Session, lease_ms: u64) -> Effected<SaveProgress> {
         let lease = Duration::from_millis(lease_ms);
         let result = sessions::keep(&self.node, &session.uid, session.checkpoint, lease);

@@ -252,10 +252,14 @@ pub trait Effects {
     /// session is saved it may make another key in place of the first.
     fn register_key(&mut self, update: &Update, session: &Session) -> Effected<()>;
 
-    /// `PUT /v1/save`: begins the save where it has not begun, tells how far it is. The checkpoint's
-    /// directory is made. `lease_ms` counts for a save that begins. `GuestGone` where the VMM's process has
+    /// `PUT /v1/save`: begins the save where it has not begun, tells how far it is. It holds before its pause,
+    /// until [`Effects::pause_for_save`]. The checkpoint's directory is made. `lease_ms` counts for a save that begins. `GuestGone` where the VMM's process has
     /// ended.
     fn save(&mut self, update: &Update, session: &Session, lease_ms: u64) -> Effected<SaveProgress>;
+
+    /// `PUT /v1/save/pause`: the guest may be paused for the rest; tells how far the save is. `GuestGone` where
+    /// the VMM's process has ended.
+    fn pause_for_save(&mut self, update: &Update, session: &Session) -> Effected<SaveProgress>;
 
     /// `PUT /v1/save/keep`: renews the lease of a saved guest, tells whether it is saved still. `GuestGone`
     /// where the VMM's process has ended.

@@ -44,6 +44,8 @@ pub enum Action {
     RegisterKey(usize),
     /// [`super::Effects::save`], with this lease in milliseconds.
     Save(usize, u64),
+    /// [`super::Effects::pause_for_save`].
+    Pause(usize),
     /// [`super::Effects::keep_saved`], with this lease in milliseconds.
     Keep(usize, u64),
     /// [`super::Effects::inspect_checkpoint`].
@@ -100,7 +102,11 @@ impl Action {
     pub fn is_recorded(self) -> bool {
         !matches!(
             self,
-            Action::Inspect | Action::Keep(..) | Action::InspectCheckpoint(_) | Action::LookAfter(_)
+            Action::Inspect
+                | Action::Pause(_)
+                | Action::Keep(..)
+                | Action::InspectCheckpoint(_)
+                | Action::LookAfter(_)
         )
     }
 }

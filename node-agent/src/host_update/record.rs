@@ -240,6 +240,8 @@ pub struct Live {
     pub remaining_bytes: u64,
     /// When it is looked at again.
     pub look_at: Option<Moment>,
+    /// Whether its guest can be paused: all but a little of its memory is written.
+    pub is_ready: bool,
     /// Whether it was seen to be saved since [`Step::Verify`] began.
     pub is_verified: bool,
     /// Whether its memory is all loaded, or its guest is gone.

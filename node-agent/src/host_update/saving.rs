@@ -9,7 +9,7 @@ use super::effects::{CheckpointFacts, EffectError, Effected, ErrorKind, Prefligh
 use super::machine::{
     Action, Decision, Outcome, SECOND, begin_undo, is_decided, names, try_again, verify_again,
 };
-use super::record::{Session, Step, Update, Verdict};
+use super::record::{GoingDown, Session, Step, Update, Verdict};
 use super::resuming::next_to_destroy;
 use super::schedule;
 use crate::moment::Moment;
@@ -23,6 +23,8 @@ const LONGEST_LEASE_MS: u64 = 3_600_000;
 /// Pause between two looks at a save, while the guest runs and while it is paused.
 const SAVE_LOOK: i64 = SECOND / 10;
 const PAUSE_LOOK: i64 = SECOND / 50;
+/// Nearer to the host's deadline guests are paused each for itself, as soon as they are ready.
+const HURRY: i64 = 60 * SECOND;
 /// Pause between two renewals of a lease while others are being saved, and while the host is waited for.
 const KEEP_LOOK: i64 = 20 * SECOND;
 const AWAIT_LOOK: i64 = 60 * SECOND;
@@ -181,7 +183,7 @@ fn is_done(session: &Session) -> bool {
 pub(super) fn next(update: &Update, now: Moment) -> Decision {
     let mut wait: Option<Moment> = None;
     for (index, session) in update.sessions.iter().enumerate() {
-        let Some(action) = action(update, index, session) else {
+        let Some(action) = action(update, index, session, now) else {
             continue;
         };
         match session.waits_until(now) {
@@ -198,17 +200,31 @@ pub(super) fn next(update: &Update, now: Moment) -> Decision {
     }
 }
 
-fn action(update: &Update, index: usize, session: &Session) -> Option<Action> {
+/// Whether a guest that is ready is paused now. It stays paused until the host has rebooted, so that all are
+/// paused together, when the last one is ready; not where the host may not wait for that.
+fn is_time_to_pause(update: &Update, now: Moment) -> bool {
+    let hurries = |going: &GoingDown| going.deadline.since(now) < HURRY;
+    update.going_down.as_ref().is_some_and(hurries)
+        || update.sessions.iter().all(|session| match session.state {
+            SessionState::Waiting => session.given_up,
+            SessionState::Saving => session.given_up || session.vmm_gone || session.live.is_ready,
+            _ => true,
+        })
+}
+
+fn action(update: &Update, index: usize, session: &Session, now: Moment) -> Option<Action> {
     let look = Action::InspectCheckpoint(index);
     match (update.step, session.state) {
         (Step::RegisterKeys, _) => {
             (!session.key_registered && !session.given_up).then_some(Action::RegisterKey(index))
         }
-        (Step::Save | Step::Verify, SessionState::Saving) if !session.given_up => Some(if session.vmm_gone {
-            look
-        } else {
-            Action::Save(index, SAVE_LEASE_MS)
-        }),
+        (Step::Save | Step::Verify, SessionState::Saving) if !session.given_up => {
+            Some(match session.vmm_gone {
+                true => look,
+                false if session.live.is_ready && is_time_to_pause(update, now) => Action::Pause(index),
+                false => Action::Save(index, SAVE_LEASE_MS),
+            })
+        }
         (Step::Save, SessionState::Saved) if !session.vmm_gone => Some(Action::Keep(index, SAVE_LEASE_MS)),
         (Step::Verify, SessionState::Saved) if !session.vmm_gone && !session.live.is_verified => {
             Some(Action::Keep(index, reboot_lease(update)))
@@ -254,7 +270,7 @@ pub(super) fn apply(
 fn succeeded(update: &mut Update, action: Action, index: usize, outcome: Outcome, now: Moment) {
     match (action, outcome) {
         (Action::RegisterKey(_), _) => update.sessions[index].key_registered = true,
-        (Action::Save(..), Outcome::Saved(progress)) => saved(update, index, progress, now),
+        (Action::Save(..) | Action::Pause(_), Outcome::Saved(progress)) => saved(update, action, index, progress, now),
         (Action::Keep(..), Outcome::Saved(progress)) => {
             if progress.state == SaveState::Saved {
                 let look = if update.step == Step::AwaitReboot {
@@ -293,13 +309,17 @@ fn succeeded(update: &mut Update, action: Action, index: usize, outcome: Outcome
     }
 }
 
-fn saved(update: &mut Update, index: usize, progress: SaveProgress, now: Moment) {
+fn saved(update: &mut Update, action: Action, index: usize, progress: SaveProgress, now: Moment) {
     let session = &mut update.sessions[index];
     session.rounds = progress.rounds;
     session.live.written_bytes = progress.written_bytes;
     session.live.remaining_bytes = progress.remaining_bytes;
+    session.live.is_ready = matches!(progress.state, SaveState::Ready | SaveState::Pausing);
     match progress.state {
-        SaveState::PreCopying => session.live.look_at = Some(now.plus(SAVE_LOOK)),
+        SaveState::Ready if action == Action::Pause(index) => {
+            session.live.look_at = Some(now.plus(PAUSE_LOOK));
+        }
+        SaveState::PreCopying | SaveState::Ready => session.live.look_at = Some(now.plus(SAVE_LOOK)),
         SaveState::Pausing => session.live.look_at = Some(now.plus(PAUSE_LOOK)),
         SaveState::Saved => {
             let pause = i64::try_from(progress.pause_us).unwrap_or(i64::MAX);
@@ -380,7 +400,7 @@ fn vmm_ended(update: &mut Update, index: usize, facts: CheckpointFacts, now: Mom
 fn failed(update: &mut Update, action: Action, index: usize, error: &EffectError, now: Moment) {
     let usual = match action {
         Action::RegisterKey(_) => reasons::CREDENTIAL_UNAVAILABLE,
-        Action::Save(..) | Action::Keep(..) => reasons::SAVE_FAILED,
+        Action::Save(..) | Action::Pause(_) | Action::Keep(..) => reasons::SAVE_FAILED,
         _ => reasons::STEP_FAILED,
     };
     let (step, is_forced) = (update.step, update.is_forced());

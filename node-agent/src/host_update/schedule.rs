@@ -1,12 +1,15 @@
 //! When which save begins.
 //!
-//! A guest stays paused from its own save until the host has rebooted, so that the best order is that in
-//! which all saves end at the same time: the largest begins first, and a smaller one when no more is left of
-//! those before it than it has itself. They share the disk's throughput.
+//! A guest that is ready to be paused runs on until all are, so that it matters little which save ends first;
+//! but few at a time share the disk and the processors, so that each has little to write a second time. The
+//! largest begin first, and the small ones fill the end.
 
 use understudy_api::node_update::SessionState;
 
 use super::record::Session;
+
+/// Most saves at a time that have not come near their pause yet.
+const AT_A_TIME: usize = 4;
 
 /// The sessions whose saves begin now, by index. `is_urgent`: the host goes down by itself, so that all begin
 /// at once.
@@ -15,29 +18,16 @@ pub fn due(sessions: &[Session], is_urgent: bool) -> Vec<usize> {
         .filter(|index| sessions[*index].state == SessionState::Waiting && !sessions[*index].given_up)
         .collect();
     waiting.sort_by_key(|index| (std::cmp::Reverse(sessions[*index].expected_bytes), *index));
-    let mut left = sessions
+    let under_way = sessions
         .iter()
-        .filter(|session| session.state == SessionState::Saving && !session.given_up)
-        .map(left)
-        .max();
-    let mut due = Vec::new();
-    for index in waiting {
-        let expected = sessions[index].expected_bytes;
-        if !is_urgent && left.is_some_and(|left| left > expected) {
-            break;
-        }
-        left = left.max(Some(expected));
-        due.push(index);
+        .filter(|session| {
+            session.state == SessionState::Saving && !session.given_up && !session.live.is_ready
+        })
+        .count();
+    if !is_urgent {
+        waiting.truncate(AT_A_TIME.saturating_sub(under_way));
     }
-    due
-}
-
-/// Bytes that a save under way has left.
-fn left(session: &Session) -> u64 {
-    if session.live.written_bytes == 0 && session.live.remaining_bytes == 0 {
-        return session.expected_bytes;
-    }
-    session.live.remaining_bytes.min(session.expected_bytes)
+    waiting
 }
 
 #[cfg(test)]
@@ -63,47 +53,26 @@ mod tests {
             .collect()
     }
 
-    fn begin(sessions: &mut [Session], due: &[usize]) {
-        for index in due {
-            sessions[*index].state = SessionState::Saving;
-        }
-    }
-
     #[test]
-    fn the_largest_begins_first_and_smaller_ones_when_as_much_is_left_of_it() {
-        let mut sessions = sessions(&[100, 1000, 400]);
+    fn the_largest_begin_first_and_a_further_one_when_another_is_ready() {
+        let mut sessions = sessions(&[10, 1000, 400, 20, 500, 30]);
         let first = due(&sessions, false);
-        assert_eq!(first, [1]);
-        begin(&mut sessions, &first);
-        sessions[1].live.written_bytes = 500;
-        sessions[1].live.remaining_bytes = 500;
+        assert_eq!(first, [1, 4, 2, 5]);
+        for index in first {
+            sessions[index].state = SessionState::Saving;
+        }
         assert_eq!(due(&sessions, false), [0usize; 0]);
-        sessions[1].live.remaining_bytes = 400;
-        assert_eq!(due(&sessions, false), [2]);
-        begin(&mut sessions, &[2]);
-        sessions[1].live.remaining_bytes = 90;
-        assert_eq!(due(&sessions, false), [0usize; 0]);
-        sessions[2].live.written_bytes = 310;
-        sessions[2].live.remaining_bytes = 90;
+        sessions[4].live.is_ready = true;
+        assert_eq!(due(&sessions, false), [3]);
+        sessions[3].state = SessionState::Saved;
+        sessions[2].given_up = true;
         assert_eq!(due(&sessions, false), [0]);
     }
 
     #[test]
-    fn guests_of_one_size_begin_together_and_whatever_is_left_begins_at_last() {
-        let mut sessions = sessions(&[300, 300, 10]);
-        let first = due(&sessions, false);
-        assert_eq!(first, [0, 1]);
-        begin(&mut sessions, &first);
-        for session in &mut sessions[..2] {
-            session.state = SessionState::Saved;
-        }
-        assert_eq!(due(&sessions, false), [2]);
-    }
-
-    #[test]
     fn when_the_host_is_in_a_hurry_all_begin_at_once_but_those_given_up() {
-        let mut sessions = sessions(&[100, 1000, 400]);
+        let mut sessions = sessions(&[1, 2, 3, 4, 5, 6]);
         sessions[2].given_up = true;
-        assert_eq!(due(&sessions, true), [1, 0]);
+        assert_eq!(due(&sessions, true), [5, 4, 3, 1, 0]);
     }
 }

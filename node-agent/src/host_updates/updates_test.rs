@@ -37,7 +37,8 @@ fn serve(instance: &Instance, fails: bool) -> (FakeVmm, Arc<Mutex<Vm>>) {
         let directory = |vm: &Vm| PathBuf::from(vm.save.as_ref().unwrap()["directory"].as_str().unwrap());
         match what {
             "GET /v1/vm" => {
-                let mut info = FakeVmm::info(json!({"state": vm.state}));
+                let state = if vm.state == "Ready" { "Running" } else { vm.state };
+                let mut info = FakeVmm::info(json!({"state": state}));
                 if let Some(resumed) = &vm.resumed {
                     info["resume"] = resumed.clone();
                     // Before it is started nobody has its process ID.
@@ -47,11 +48,14 @@ fn serve(instance: &Instance, fails: bool) -> (FakeVmm, Arc<Mutex<Vm>>) {
             }
             "PUT /v1/save" => {
                 vm.save = Some(body);
-                vm.state = if vm.fails { "Running" } else { "Saved" };
+                vm.state = if vm.fails { "Running" } else { "Ready" };
                 if !vm.fails {
                     fs::write(directory(&vm).join("memory"), "pages").unwrap();
-                    fs::write(directory(&vm).join(MANIFEST), "{}").unwrap();
                 }
+            }
+            "PUT /v1/save/pause" => {
+                vm.state = "Saved";
+                fs::write(directory(&vm).join(MANIFEST), "{}").unwrap();
             }
             "PUT /v1/save/cancel" => {
                 vm.state = "Running";
@@ -64,7 +68,7 @@ fn serve(instance: &Instance, fails: bool) -> (FakeVmm, Arc<Mutex<Vm>>) {
         };
         let (state, error) = match (vm.fails, vm.state) {
             (true, _) => ("Failed", json!("no space left on device")),
-            (_, "Saved") => ("Saved", Value::Null),
+            (_, state @ ("Ready" | "Saved")) => (state, Value::Null),
             _ => ("Cancelled", Value::Null),
         };
         (

@@ -25,7 +25,7 @@ use crate::vmm::Instances;
 pub use estimate::{Estimate, estimate, memory_bytes, remember_rate};
 pub use record::{Life, Record, Records, Standing};
 pub use resume::{ResumeError, Resumed, obtain_key, resume};
-pub use save::{Cancelled, cancel, check_space, keep, register_key, running, save};
+pub use save::{Cancelled, cancel, check_space, keep, pause, register_key, running, save};
 
 /// The sessions of a node's guests.
 pub struct Sessions {

@@ -6,7 +6,9 @@ use understudy_api::Guest;
 use understudy_vmm_control::client::ClientError;
 use understudy_vmm_control::config::VmConfig;
 use understudy_vmm_control::owner::Owner;
-use understudy_vmm_control::session::{CancelSave, KeepSaved, SaveInfo, SaveRequest, SaveState};
+use understudy_vmm_control::session::{
+    CancelSave, KeepSaved, PauseForSave, SaveInfo, SaveRequest, SaveState,
+};
 use uuid::Uuid;
 
 use super::estimate::{SPARE, space_bytes};
@@ -145,11 +147,22 @@ pub fn save(
             host_boot_id: sessions.boot_id().to_owned(),
             machine_id: sessions.machine_id().to_owned(),
             target_pause_ms: millis(TARGET_PAUSE),
+            hold: true,
             lease_ms: millis(lease),
         })
         .map_err(|source| vmm_error(&record, source))?;
     tracing::info!(guest = record.guest, %checkpoint, "saving its session");
     Ok(info)
+}
+
+/// Lets a save pause its guest, which it holds back until then.
+pub fn pause(node: &Node, guest_uid: &str, checkpoint: Uuid) -> Result<SaveInfo, SessionError> {
+    let record = find(&node.sessions, guest_uid, checkpoint)?;
+    let asked = record
+        .vmm(&node.instances)
+        .client()
+        .pause_for_save(&PauseForSave { checkpoint });
+    asked.map_err(|source| vmm_error(&record, source))
 }
 
 /// Renews the lease of a saved guest.

@@ -12,7 +12,7 @@ use crate::api::{
     Activate, ActivateReport, Commit, ConsoleTail, DiskInfo, ErrorBody, GiveNetwork, HoldReport, HoldRequest,
     PrepareSplit, Split, SplitReport, VmInfo,
 };
-use crate::session::{CancelSave, KeepSaved, SaveInfo, SaveRequest};
+use crate::session::{CancelSave, KeepSaved, PauseForSave, SaveInfo, SaveRequest};
 
 /// Largest answer that is read.
 const MAX_BODY: u64 = 1 << 20;
@@ -133,6 +133,11 @@ impl Client {
     /// `GET /v1/save`.
     pub fn save(&self) -> Result<SaveInfo, ClientError> {
         self.request("GET", "/v1/save", None::<&()>)
+    }
+
+    /// `PUT /v1/save/pause`.
+    pub fn pause_for_save(&self, request: &PauseForSave) -> Result<SaveInfo, ClientError> {
+        self.put("/v1/save/pause", request)
     }
 
     /// `PUT /v1/save/keep`.

@@ -4,6 +4,7 @@
 //! | route | body | answer |
 //! | --- | --- | --- |
 //! | `PUT /v1/save` | [`SaveRequest`] | [`SaveInfo`]: begins to save; asked again, tells how far it is |
+//! | `PUT /v1/save/pause` | [`PauseForSave`] | [`SaveInfo`]: a save that waits for it goes on to its pause |
 //! | `GET /v1/save` | | [`SaveInfo`]; 404 where no save was asked for |
 //! | `PUT /v1/save/keep` | [`KeepSaved`] | [`SaveInfo`]: renews the lease of a saved guest |
 //! | `PUT /v1/save/cancel` | [`CancelSave`] | [`SaveInfo`]: the guest runs on, its checkpoint is void |
@@ -52,6 +53,10 @@ pub struct SaveRequest {
     /// How long the final pause should be at most, in milliseconds: when what is left can be written in this
     /// time, or rounds shrink no more, the guest is paused.
     pub target_pause_ms: u64,
+    /// Waits before the pause until [`PauseForSave`] comes: guests of which each is ready are paused together,
+    /// so that none waits for the save of another.
+    #[serde(default)]
+    pub hold: bool,
     /// How long a saved guest stays paused without [`KeepSaved`], in milliseconds, 1 to 3,600,000.
     pub lease_ms: u64,
 }
@@ -61,6 +66,9 @@ pub struct SaveRequest {
 pub enum SaveState {
     /// Memory is written while the guest runs.
     PreCopying,
+    /// What is left fits the pause. The guest runs on, and what it writes is written again now and then, until
+    /// [`PauseForSave`] comes.
+    Ready,
     /// The guest is paused, the rest is written.
     Pausing,
     /// All is durable and the manifest in place. The guest is paused.
@@ -93,6 +101,14 @@ pub struct SaveInfo {
     pub pause_us: Option<u64>,
     /// Why it failed.
     pub error: Option<String>,
+}
+
+/// Lets a save that was asked to [hold](SaveRequest::hold) pause the guest, now or once it is ready.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PauseForSave {
+    /// The checkpoint.
+    pub checkpoint: Uuid,
 }
 
 /// Renews the lease of a saved guest.
@@ -162,6 +178,13 @@ pub enum Refusal {
     CheckpointSameBoot,
     /// This CPU, KVM or VMM lacks what the session needs.
     CheckpointIncompatible,
+}
+
+impl SaveState {
+    /// Whether the save has ended, well or not.
+    pub fn has_ended(self) -> bool {
+        matches!(self, SaveState::Saved | SaveState::Failed | SaveState::Cancelled)
+    }
 }
 
 impl Refusal {

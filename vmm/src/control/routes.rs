@@ -55,6 +55,9 @@ pub fn handle(supervisor: &Arc<Supervisor>, request: &Request) -> (u16, Vec<u8>)
         ("PUT", ["v1", "save"]) => body(request)
             .and_then(|save| supervisor.begin_save(save))
             .and_then(|info| answer(&info)),
+        ("PUT", ["v1", "save", "pause"]) => body(request)
+            .and_then(|pause| supervisor.pause_for_save(&pause))
+            .and_then(|info| answer(&info)),
         ("PUT", ["v1", "save", "keep"]) => body(request)
             .and_then(|keep| supervisor.keep_saved(&keep))
             .and_then(|info| answer(&info)),

@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use understudy_checkpoint::{CHUNK, SaveError, Writer};
+use understudy_vmm_control::session::SaveState;
 
 use super::save_job::{Failure, Job};
 use crate::block::Disk;
@@ -15,6 +16,10 @@ use crate::machine::memory::GuestRam;
 
 /// Most rounds while the guest runs; a guest that writes faster than the disk is paused then.
 const MAX_ROUNDS: u32 = 30;
+/// Most rounds once the guest may be paused that was ready, and has written more since than fits.
+const LAST_ROUNDS: u32 = 4;
+/// How long a guest that is ready writes before that is written again.
+const HOLD_ROUND: Duration = Duration::from_secs(1);
 /// What the disk is taken to write in a second until it was measured.
 const ASSUMED_RATE: f64 = 200e6;
 /// Least bytes of a round by which the disk is measured.
@@ -33,7 +38,7 @@ pub(super) struct Source {
 }
 
 /// Writes all memory while the guest runs, and again what it has written meanwhile, until what is left fits
-/// the pause. Returns what is left.
+/// the pause, and the guest may be paused. Returns what is left.
 pub(super) fn pre_copy(job: &Job, writer: &Writer, source: &Source) -> Result<PageSet, Failure> {
     // After the log was switched on: what is touched from now on is in the log.
     let touched = source.ram.touched(CHUNK as u64).map_err(Failure::Touched)?;
@@ -48,45 +53,116 @@ pub(super) fn pre_copy(job: &Job, writer: &Writer, source: &Source) -> Result<Pa
         writer.zero(run);
     }
     job.update(|info| info.remaining_bytes = (chunks.len() * CHUNK) as u64);
-    let target = Duration::from_millis(job.request.target_pause_ms);
-    let mut rate = ASSUMED_RATE;
-    let mut before = u64::MAX;
-    for round in 1.. {
+    let mut rounds = Rounds {
+        job,
+        writer,
+        source,
+        rate: ASSUMED_RATE,
+        round: 0,
+    };
+    let mut dirty = rounds.until_enough(&chunks, MAX_ROUNDS)?;
+    if job.may_pause() {
+        return Ok(dirty);
+    }
+    job.update(|info| info.state = SaveState::Ready);
+    loop {
+        job.wait_to_pause(HOLD_ROUND)?;
+        // What was written since belongs to what is left.
+        source.log.collect(&source.ram, &mut dirty)?;
+        let chunks = dirty.chunks(CHUNK as u64);
+        if job.may_pause() {
+            return match rounds.fits(&chunks) {
+                true => Ok(dirty),
+                false => rounds.until_enough(&chunks, LAST_ROUNDS),
+            };
+        }
+        // Kept small, but not at the price of a disk that others are saved to as well.
+        if !chunks.is_empty() {
+            dirty = rounds.write(&chunks)?;
+        }
+    }
+}
+
+/// Rounds of one save.
+struct Rounds<'a> {
+    job: &'a Job,
+    writer: &'a Writer,
+    source: &'a Source,
+    /// Bytes that were written in a second.
+    rate: f64,
+    round: u32,
+}
+
+impl Rounds<'_> {
+    /// Writes these chunks, and in further rounds what was written meanwhile, until what is left fits the pause
+    /// or rounds shrink no more.
+    fn until_enough(&mut self, chunks: &[u64], most: u32) -> Result<PageSet, Failure> {
+        let mut dirty = self.write(chunks)?;
+        let mut before = u64::MAX;
+        for round in 1..most {
+            let chunks = dirty.chunks(CHUNK as u64);
+            let left = bytes(&chunks);
+            if is_enough(left, before, self.rate, self.target()) {
+                break;
+            }
+            tracing::debug!(round, left, rate = self.rate, "another round");
+            before = left;
+            dirty = self.write(&chunks)?;
+        }
+        Ok(dirty)
+    }
+
+    /// One round: writes these chunks, and returns what was written meanwhile.
+    fn write(&mut self, chunks: &[u64]) -> Result<PageSet, Failure> {
+        let (job, writer, source) = (self.job, self.writer, self.source);
+        if self.round > 0 {
+            writer.begin_round();
+        }
         let (begun, written) = (Instant::now(), writer.progress().written_bytes);
-        write(writer, &runs(&chunks), &source.ram, || {
+        write(writer, &runs(chunks), &source.ram, || {
             let now = writer.progress().written_bytes;
             job.update(|info| info.written_bytes = now);
             job.check()
         })?;
         let wrote = writer.progress().written_bytes - written;
         if wrote >= MEASURED {
-            rate = wrote as f64 / begun.elapsed().as_secs_f64();
+            self.rate = wrote as f64 / begun.elapsed().as_secs_f64();
         }
         let mut dirty = PageSet::empty(source.ram.size());
         source.log.collect(&source.ram, &mut dirty)?;
-        chunks = dirty.chunks(CHUNK as u64);
-        let left = (chunks.len() * CHUNK) as u64;
+        self.round += 1;
+        let left = bytes(&dirty.chunks(CHUNK as u64));
         job.update(|info| {
-            info.rounds = round;
+            info.rounds = self.round;
             info.remaining_bytes = left;
         });
         job.check()?;
-        tracing::debug!(round, wrote, left, rate, "a round is written");
-        if is_enough(round, left, before, rate, target) {
-            return Ok(dirty);
-        }
-        before = left;
-        writer.begin_round();
+        Ok(dirty)
     }
-    Err(Failure::Cancelled)
+
+    fn fits(&self, chunks: &[u64]) -> bool {
+        fits(bytes(chunks), self.rate, self.target())
+    }
+
+    fn target(&self) -> Duration {
+        Duration::from_millis(self.job.request.target_pause_ms)
+    }
 }
 
-/// Whether the guest is to be paused now, with `left` bytes to be written at `rate` bytes a second.
-fn is_enough(round: u32, left: u64, before: u64, rate: f64, target: Duration) -> bool {
-    let fits = left as f64 / rate <= target.as_secs_f64();
+fn bytes(chunks: &[u64]) -> u64 {
+    (chunks.len() * CHUNK) as u64
+}
+
+/// Whether the guest is to be paused now, with `left` bytes to be written at `rate` bytes a second; `before`
+/// were left after the round before.
+fn is_enough(left: u64, before: u64, rate: f64, target: Duration) -> bool {
     // Less than an eighth less than after the round before.
     let stuck = left > before - before / 8;
-    fits || stuck || round >= MAX_ROUNDS
+    fits(left, rate, target) || stuck
+}
+
+fn fits(left: u64, rate: f64, target: Duration) -> bool {
+    left as f64 / rate <= target.as_secs_f64()
 }
 
 /// Writes these chunks as they are now.
@@ -138,11 +214,10 @@ mod tests {
     #[test]
     fn the_guest_is_paused_when_the_rest_fits_the_pause_or_shrinks_no_more() {
         let target = Duration::from_millis(100);
-        let enough = |round, left, before| is_enough(round, left, before, 1e9, target);
-        assert!(enough(1, 1 << 20, u64::MAX), "fits");
-        assert!(!enough(1, 1 << 30, u64::MAX), "one round more");
-        assert!(!enough(2, 1 << 29, 1 << 30), "shrinks");
-        assert!(enough(3, 1 << 29, 1 << 29), "shrinks no more");
-        assert!(enough(MAX_ROUNDS, 1 << 28, 1 << 30), "for ever");
+        let enough = |left, before| is_enough(left, before, 1e9, target);
+        assert!(enough(1 << 20, u64::MAX), "fits");
+        assert!(!enough(1 << 30, u64::MAX), "one round more");
+        assert!(!enough(1 << 29, 1 << 30), "shrinks");
+        assert!(enough(1 << 29, 1 << 29), "shrinks no more");
     }
 }

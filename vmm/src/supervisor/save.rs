@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use understudy_checkpoint::{CHUNK, Description, Identity, Key, SaveError, Saved, Writer};
 use understudy_vmm_control::api::VmState;
-use understudy_vmm_control::session::{CancelSave, KeepSaved, SaveInfo, SaveRequest, SaveState};
+use understudy_vmm_control::session::{CancelSave, KeepSaved, PauseForSave, SaveInfo, SaveRequest, SaveState};
 
 use super::fence;
 use super::operations::{OperationError, conflict, failed};
@@ -101,6 +101,19 @@ impl Supervisor {
             Some(job) => Ok(job.info().clone()),
             None => Err(OperationError::NotFound("save: none was asked for".to_owned())),
         }
+    }
+
+    /// Lets a save that holds pause the guest, once what is left fits the pause.
+    pub fn pause_for_save(&self, request: &PauseForSave) -> Result<SaveInfo, OperationError> {
+        let job = self.job(request.checkpoint).ok_or_else(|| {
+            OperationError::NotFound(format!(
+                "save/pause: no save of checkpoint {} was asked for",
+                request.checkpoint
+            ))
+        })?;
+        job.let_pause();
+        let info = job.info().clone();
+        Ok(info)
     }
 
     /// Renews the lease of a saved guest.

@@ -1,6 +1,7 @@
 //! One save, as its thread and the control API share it.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -51,6 +52,8 @@ pub(super) struct Job {
     pub(super) request: SaveRequest,
     info: Mutex<SaveInfo>,
     changed: Condvar,
+    /// Whether the guest may be paused for the rest.
+    may_pause: AtomicBool,
     /// Why it shall end early.
     stop: Mutex<Option<Stop>>,
 }
@@ -76,6 +79,7 @@ impl Job {
             error: None,
         };
         Job {
+            may_pause: AtomicBool::new(!request.hold),
             request,
             info: Mutex::new(info),
             changed: Condvar::new(),
@@ -96,8 +100,33 @@ impl Job {
 
     /// Has it end as soon as it can, unless it was told so before.
     pub(super) fn ask_to_stop(&self, reason: Stop) {
-        let mut stop = self.stop.lock().unwrap_or_else(PoisonError::into_inner);
-        stop.get_or_insert(reason);
+        self.stop
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get_or_insert(reason);
+        self.update(|_| {});
+    }
+
+    /// Lets it pause the guest.
+    pub(super) fn let_pause(&self) {
+        self.may_pause.store(true, Ordering::Release);
+        self.update(|_| {});
+    }
+
+    /// Whether it may pause the guest.
+    pub(super) fn may_pause(&self) -> bool {
+        self.may_pause.load(Ordering::Acquire)
+    }
+
+    /// Waits until it may pause the guest, at most for `time`; fails when it shall end.
+    pub(super) fn wait_to_pause(&self, time: Duration) -> Result<(), Failure> {
+        let waits = |_: &mut SaveInfo| !self.may_pause() && self.check().is_ok();
+        drop(
+            self.changed
+                .wait_timeout_while(self.info(), time, waits)
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+        self.check()
     }
 
     /// The guest's machine is not the one any more that is being saved.
@@ -116,16 +145,16 @@ impl Job {
 
     /// Waits until its thread has ended, and tells how.
     pub(super) fn wait(&self) -> Result<SaveState, OperationError> {
-        let running = |info: &mut SaveInfo| matches!(info.state, SaveState::PreCopying | SaveState::Pausing);
+        let running = |info: &mut SaveInfo| !info.state.has_ended();
         let (info, _) = self
             .changed
             .wait_timeout_while(self.info(), CANCEL_TIME, running)
             .unwrap_or_else(PoisonError::into_inner);
-        match info.state {
-            SaveState::PreCopying | SaveState::Pausing => Err(failed(
+        match info.state.has_ended() {
+            true => Ok(info.state),
+            false => Err(failed(
                 "save/cancel: the save has not ended yet, the disk is slow to answer; ask again",
             )),
-            state => Ok(state),
         }
     }
 }

@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 use understudy_vmm_control::api::{Gates, HoldRequest, VmState};
 use understudy_vmm_control::client::ClientError;
 use understudy_vmm_control::session::{
-    CONSUMED, CancelSave, KeepSaved, MANIFEST, REFUSED_EXIT_CODE, Refusal, SaveInfo, SaveRequest, SaveState,
+    CONSUMED, CancelSave, KeepSaved, MANIFEST, PauseForSave, REFUSED_EXIT_CODE, Refusal, SaveInfo, SaveRequest,
+    SaveState,
 };
 use uuid::Uuid;
 
@@ -46,6 +47,7 @@ pub fn request(guest: &Guest, boot: u32) -> SaveRequest {
         host_boot_id: format!("boot-{boot}"),
         machine_id: "machine".to_owned(),
         target_pause_ms: 100,
+        hold: false,
         lease_ms: LEASE_MS,
     }
 }
@@ -69,9 +71,8 @@ fn save(vmm: &Vmm, request: &SaveRequest) -> SaveInfo {
     let mut info = None;
     wait("the save ends", || {
         let now = vmm.client.save().unwrap();
-        let ended = !matches!(now.state, SaveState::PreCopying | SaveState::Pausing);
         info = Some(now);
-        ended
+        info.as_ref().unwrap().state.has_ended()
     });
     info.unwrap()
 }
@@ -269,6 +270,54 @@ fn a_cancelled_save_and_one_whose_lease_runs_out_let_the_guest_run_on_and_are_vo
             return;
         }
     }
+}
+
+#[test]
+fn a_save_that_holds_lets_the_guest_run_until_it_is_told_to_pause() {
+    if !have_kvm() {
+        return;
+    }
+    let (guest, config) = counting();
+    let vmm = guest.start(&config);
+    counts_on(&vmm, 3);
+    let ready = |checkpoint| {
+        wait("the save is ready", || {
+            let info = vmm.client.save().unwrap();
+            assert!(!info.state.has_ended(), "{info:?}");
+            info.checkpoint == checkpoint && info.state == SaveState::Ready
+        });
+    };
+    let hold = |boot| SaveRequest {
+        hold: true,
+        ..request(&guest, boot)
+    };
+    // Taken back while it holds.
+    let first = hold(1);
+    let checkpoint = first.checkpoint;
+    vmm.client.begin_save(&first).unwrap();
+    ready(checkpoint);
+    counts_on(&vmm, 3);
+    let info = vmm.client.cancel_save(&CancelSave { checkpoint }).unwrap();
+    assert_eq!(info.state, SaveState::Cancelled);
+    let late = vmm.client.pause_for_save(&PauseForSave { checkpoint }).unwrap();
+    assert_eq!(late.state, SaveState::Cancelled, "it is not begun anew");
+    // What the guest writes meanwhile is written again, and what it wrote last is in the checkpoint.
+    let second = hold(1);
+    let checkpoint = second.checkpoint;
+    vmm.client.begin_save(&second).unwrap();
+    ready(checkpoint);
+    let rounds = vmm.client.save().unwrap().rounds;
+    wait("rounds go on", || vmm.client.save().unwrap().rounds > rounds);
+    counts_on(&vmm, 3);
+    assert_eq!(vmm.info().state, VmState::Running);
+    vmm.client.pause_for_save(&PauseForSave { checkpoint }).unwrap();
+    wait("the guest is saved", || vmm.client.save().unwrap().state == SaveState::Saved);
+    assert_eq!(vmm.info().state, VmState::Saved);
+    let printed = in_sequence(&vmm.console()).len();
+    drop(vmm);
+    let vmm = guest.start(&resuming(&config, &second));
+    counts_on(&vmm, 3);
+    assert!(in_sequence(&vmm.console()).len() >= printed + 3);
 }
 
 #[test]

@@ -104,8 +104,20 @@ impl World {
             .unwrap()
     }
 
+    /// What a VMM says of its save.
+    fn told(&mut self, index: usize) -> SaveProgress {
+        let (now, early) = (self.now, self.is(Mutation::SavedTooEarly));
+        let memory = self.guests[index].memory;
+        let vm = self.guests[index].vm().unwrap();
+        let mut progress = World::progress(vm.save.as_ref().unwrap(), now, memory);
+        if early && progress.state == SaveState::Pausing {
+            progress.state = SaveState::Saved;
+        }
+        progress
+    }
+
     fn progress(save: &Save, now: i64, memory: u64) -> SaveProgress {
-        let span = u64::try_from((save.pauses_at - save.began).max(1)).unwrap();
+        let span = u64::try_from((save.ready_at - save.began).max(1)).unwrap();
         let done = u64::try_from((now - save.began).max(0)).unwrap().min(span);
         let written = u64::try_from(u128::from(memory) * u128::from(done) / u128::from(span)).unwrap();
         let failed = save.state == SaveState::Failed;
@@ -115,7 +127,7 @@ impl World {
             written_bytes: written,
             remaining_bytes: memory - written,
             checkpoint_bytes: memory,
-            pause_us: u64::try_from(save.ends_at - save.pauses_at).unwrap(),
+            pause_us: u64::try_from(save.pause).unwrap(),
             error: failed.then(|| "no space left on device".to_owned()),
         }
     }
@@ -284,7 +296,6 @@ impl Effects for World {
             let memory = world.guests[index].memory;
             let megabytes = i64::try_from(memory >> 20).unwrap();
             let pause = world.rng.range(20 * MS, 300 * MS);
-            let early = world.is(Mutation::SavedTooEarly);
             let guest = &mut world.guests[index];
             let fate = guest.save_fate;
             let Some(vm) = guest.vm() else {
@@ -304,18 +315,31 @@ impl Effects for World {
                     key,
                     state: SaveState::PreCopying,
                     began: now,
-                    pauses_at: now + takes,
-                    ends_at: now + takes + pause,
+                    ready_at: now + takes,
+                    pause,
+                    may_pause: false,
+                    ends_at: i64::MAX,
                     lease_us: i64::try_from(lease_ms).unwrap() * MS,
                     lease_until: i64::MAX,
                 });
             }
-            let save = vm.save.as_ref().unwrap();
-            let mut progress = World::progress(save, now, memory);
-            if early && progress.state == SaveState::Pausing {
-                progress.state = SaveState::Saved;
-            }
-            Ok(progress)
+            Ok(world.told(index))
+        })
+    }
+
+    fn pause_for_save(&mut self, _: &Update, session: &Session) -> Effected<SaveProgress> {
+        let index = self.index(session);
+        let checkpoint = session.checkpoint;
+        self.perform(move |world| {
+            let Some(vm) = world.guests[index].vm() else {
+                return gone();
+            };
+            let Some(save) = vm.save.as_mut().filter(|save| save.checkpoint == checkpoint) else {
+                return Err(EffectError::new(ErrorKind::Refused, "there is no such save"));
+            };
+            save.may_pause = true;
+            world.let_save_proceed(index);
+            Ok(world.told(index))
         })
     }
 
@@ -324,8 +348,6 @@ impl Effects for World {
         let checkpoint = session.checkpoint;
         self.perform(move |world| {
             let now = world.now;
-            let memory = world.guests[index].memory;
-            let early = world.is(Mutation::SavedTooEarly);
             let Some(vm) = world.guests[index].vm() else {
                 return gone();
             };
@@ -335,11 +357,7 @@ impl Effects for World {
             if save.state == SaveState::Saved {
                 save.lease_until = now + i64::try_from(lease_ms).unwrap() * MS;
             }
-            let mut progress = World::progress(save, now, memory);
-            if early && progress.state == SaveState::Pausing {
-                progress.state = SaveState::Saved;
-            }
-            Ok(progress)
+            Ok(world.told(index))
         })
     }
 

@@ -117,6 +117,23 @@ fn the_result_tells_what_was_measured() {
 }
 
 #[test]
+fn no_guest_waits_for_the_save_of_another() {
+    for seed in 0..40 {
+        let ended = play(&Scenario::quiet(seed));
+        let guests = shown(&ended).result.unwrap().guests;
+        let from_pause_to_reboot = guests.iter().map(|guest| {
+            let split = guest.interruption.unwrap();
+            split.pause_milliseconds + split.shutdown_milliseconds
+        });
+        let (least, most) = (from_pause_to_reboot.clone().min(), from_pause_to_reboot.max());
+        assert!(
+            most.unwrap_or(0) - least.unwrap_or(0) < 1500,
+            "seed {seed}: {guests:?}"
+        );
+    }
+}
+
+#[test]
 fn a_save_that_fails_names_the_guest_and_lets_every_guest_run_on() {
     let mut scenario = Scenario::quiet(4);
     scenario.save_fates = vec![SaveFate::Fails];

@@ -100,7 +100,13 @@ pub struct Save {
     pub key: u64,
     pub state: SaveState,
     pub began: i64,
-    pub pauses_at: i64,
+    /// When it is ready.
+    pub ready_at: i64,
+    /// How long its pause is.
+    pub pause: i64,
+    /// Whether it may pause its guest.
+    pub may_pause: bool,
+    /// When its pause is over.
     pub ends_at: i64,
     pub lease_us: i64,
     pub lease_until: i64,
@@ -370,10 +376,10 @@ impl World {
             .flat_map(|guest| &guest.vms)
             .filter_map(|vm| vm.save.as_ref())
             .map(|save| match save.state {
-                SaveState::PreCopying => save.pauses_at,
+                SaveState::PreCopying => save.ready_at,
                 SaveState::Pausing => save.ends_at,
                 SaveState::Saved => save.lease_until,
-                SaveState::Failed | SaveState::Cancelled => i64::MAX,
+                SaveState::Ready | SaveState::Failed | SaveState::Cancelled => i64::MAX,
             });
         let faults = self.faults.iter().map(|(at, _)| *at);
         let operations = self.operations.iter().map(|(_, at)| *at);
@@ -420,13 +426,13 @@ impl World {
         for vm in &mut guest.vms {
             let (life, progress) = (vm.life, vm.progress);
             let Some(save) = &mut vm.save else { continue };
-            if save.state == SaveState::PreCopying && save.pauses_at <= now {
-                if fails {
-                    save.state = SaveState::Failed;
-                } else {
-                    save.state = SaveState::Pausing;
-                    events.push(Event::GuestPaused);
-                }
+            if save.state == SaveState::PreCopying && save.ready_at <= now {
+                save.state = if fails { SaveState::Failed } else { SaveState::Ready };
+            }
+            if save.state == SaveState::Ready && save.may_pause {
+                save.state = SaveState::Pausing;
+                save.ends_at = now + save.pause;
+                events.push(Event::GuestPaused);
             }
             if save.state == SaveState::Pausing && save.ends_at <= now {
                 save.state = SaveState::Saved;
