@@ -125,9 +125,7 @@ fn perform(update: &Update, action: Action, effects: &mut impl Effects) -> Effec
         Action::Preflight => effects.preflight(update).map(Outcome::Preflight),
         Action::RegisterKey(index) => effects.register_key(update, session(index)).map(done),
         Action::Save(index, lease_ms) => effects.save(update, session(index), lease_ms).map(Outcome::Saved),
-        Action::Pause(index) => effects
-            .pause_for_save(update, session(index))
-            .map(Outcome::Saved),
+        Action::Pause(index) => effects.pause_for_save(update, session(index)).map(Outcome::Saved),
         Action::Keep(index, lease_ms) => effects
             .keep_saved(update, session(index), lease_ms)
             .map(Outcome::Saved),

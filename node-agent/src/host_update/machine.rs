@@ -138,7 +138,7 @@ pub enum Outcome {
     InFlight(Vec<InFlight>),
     /// Of [`Action::Preflight`].
     Preflight(Preflight),
-    /// Of [`Action::Save`] and [`Action::Keep`].
+    /// Of [`Action::Save`], [`Action::Pause`] and [`Action::Keep`].
     Saved(SaveProgress),
     /// Of [`Action::InspectCheckpoint`].
     Checkpoint(CheckpointFacts),
@@ -317,6 +317,7 @@ pub fn apply(mut update: Update, action: Action, result: Effected<Outcome>, now:
     match action {
         Action::RegisterKey(index)
         | Action::Save(index, _)
+        | Action::Pause(index)
         | Action::Keep(index, _)
         | Action::Cancel(index) => saving::apply(&mut update, action, index, result, now),
         Action::InspectCheckpoint(index) if !update.step.is_after_reboot() => {

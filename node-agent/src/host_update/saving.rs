@@ -270,7 +270,9 @@ pub(super) fn apply(
 fn succeeded(update: &mut Update, action: Action, index: usize, outcome: Outcome, now: Moment) {
     match (action, outcome) {
         (Action::RegisterKey(_), _) => update.sessions[index].key_registered = true,
-        (Action::Save(..) | Action::Pause(_), Outcome::Saved(progress)) => saved(update, action, index, progress, now),
+        (Action::Save(..) | Action::Pause(_), Outcome::Saved(progress)) => {
+            saved(update, action, index, progress, now)
+        }
         (Action::Keep(..), Outcome::Saved(progress)) => {
             if progress.state == SaveState::Saved {
                 let look = if update.step == Step::AwaitReboot {

@@ -13,7 +13,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use understudy_checkpoint::{CHUNK, Description, Identity, Key, SaveError, Saved, Writer};
 use understudy_vmm_control::api::VmState;
-use understudy_vmm_control::session::{CancelSave, KeepSaved, PauseForSave, SaveInfo, SaveRequest, SaveState};
+use understudy_vmm_control::session::{
+    CancelSave, KeepSaved, PauseForSave, SaveInfo, SaveRequest, SaveState,
+};
 
 use super::fence;
 use super::operations::{OperationError, conflict, failed};

@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use understudy_vmm_control::api::{Gates, HoldRequest, VmState};
 use understudy_vmm_control::client::ClientError;
 use understudy_vmm_control::session::{
-    CONSUMED, CancelSave, KeepSaved, MANIFEST, PauseForSave, REFUSED_EXIT_CODE, Refusal, SaveInfo, SaveRequest,
-    SaveState,
+    CONSUMED, CancelSave, KeepSaved, MANIFEST, PauseForSave, REFUSED_EXIT_CODE, Refusal, SaveInfo,
+    SaveRequest, SaveState,
 };
 use uuid::Uuid;
 
@@ -311,7 +311,9 @@ fn a_save_that_holds_lets_the_guest_run_until_it_is_told_to_pause() {
     counts_on(&vmm, 3);
     assert_eq!(vmm.info().state, VmState::Running);
     vmm.client.pause_for_save(&PauseForSave { checkpoint }).unwrap();
-    wait("the guest is saved", || vmm.client.save().unwrap().state == SaveState::Saved);
+    wait("the guest is saved", || {
+        vmm.client.save().unwrap().state == SaveState::Saved
+    });
     assert_eq!(vmm.info().state, VmState::Saved);
     let printed = in_sequence(&vmm.console()).len();
     drop(vmm);

@@ -416,7 +416,7 @@ impl World {
         }
     }
 
-    fn let_save_proceed(&mut self, index: usize) {
+    pub fn let_save_proceed(&mut self, index: usize) {
         let (now, boot) = (self.now, self.boot);
         let void_is_left = self.is(Mutation::LeaseLeavesCheckpoint);
         let guest = &mut self.guests[index];
@@ -427,7 +427,11 @@ impl World {
             let (life, progress) = (vm.life, vm.progress);
             let Some(save) = &mut vm.save else { continue };
             if save.state == SaveState::PreCopying && save.ready_at <= now {
-                save.state = if fails { SaveState::Failed } else { SaveState::Ready };
+                save.state = if fails {
+                    SaveState::Failed
+                } else {
+                    SaveState::Ready
+                };
             }
             if save.state == SaveState::Ready && save.may_pause {
                 save.state = SaveState::Pausing;
