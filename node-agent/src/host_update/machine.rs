@@ -190,7 +190,9 @@ pub fn interrupt(mut update: Update, abort: Option<String>, intent: HostIntent, 
     }
     match update.step {
         Step::RunCommand
-            if !update.is_forced() && now.since(update.phase_since()) >= update.plan.command_timeout =>
+            if !update.is_forced()
+                && !update.plan.command.is_empty()
+                && now.since(update.phase_since()) >= update.plan.command_timeout =>
         {
             let message = "update.command took longer than update.timeout; it was ended";
             begin_undo(&mut update, Verdict::failed(reasons::TIMED_OUT, message), now);

@@ -190,6 +190,15 @@ fn another_boot_leads_to_logging_on_wherever_sessions_were_being_saved() {
 }
 
 #[test]
+fn an_update_without_a_command_does_not_wait_for_one() {
+    let mut update = update(Step::RunCommand);
+    (update.plan.command, update.plan.command_timeout) = (Vec::new(), 0);
+    let update = interrupt(update, None, HostIntent::StaysUp, at(0));
+    assert!(update.undo.is_none());
+    assert_eq!(advance(update, at(0)).step, Step::Quiesce);
+}
+
+#[test]
 fn an_abort_that_comes_after_the_reboot_was_asked_for_is_forgotten() {
     for step in Step::ALL {
         let before = update(step);
