@@ -32,6 +32,8 @@ const REST: Duration = Duration::from_millis(100);
 /// How long the end of the agent waits for drivers to come to a point where they may stop. A guest that is
 /// held is taken through its cutover first.
 const GRACE: Duration = Duration::from_secs(90);
+/// How long it waits for passes over guests that go on.
+const LAST_PASSES: Duration = Duration::from_secs(1);
 /// Of the time that systemd gives the agent to stop, what is not spent on saving.
 const LAST_MOMENTS: Duration = Duration::from_secs(20);
 
@@ -121,10 +123,11 @@ pub fn run(config: Config) -> Result<(), AgentError> {
     while is_busy() && Instant::now() < deadline {
         std::thread::sleep(REST);
     }
-    for (_, thread) in guests {
-        if thread.is_finished() || !is_busy() {
-            let _ = thread.join();
-        }
+    // A pass over a guest may wait for an answer of one that is saved and paused: nothing is lost with it, and the
+    // host's shutdown waits for us.
+    let deadline = deadline.min(Instant::now() + LAST_PASSES);
+    while guests.values().any(|thread| !thread.is_finished()) && Instant::now() < deadline {
+        std::thread::sleep(REST);
     }
     Ok(())
 }
