@@ -120,8 +120,8 @@ impl Host {
         Ok([first.ssh.run(UNHEALTHY)?, second.ssh.run(UNHEALTHY)?])
     }
 
-    /// Waits until nothing of used sessions is left on the disk.
-    fn wait_for_clean_disk(&self) -> Result<()> {
+    /// Waits until nothing of used sessions is left on the disk, so that what is found there next is of the next save.
+    pub fn wait_for_clean_disk(&self) -> Result<()> {
         let what = "find /var/lib/understudy/sessions /var/lib/understudy/credentials /run/understudy/keys -type f 2>/dev/null | grep -v rate || true";
         let mut left = String::new();
         wait_until("used sessions and keys to be destroyed", LIMIT, POLL, || {
@@ -292,7 +292,7 @@ fn without_room(context: &Context, host: &Host) -> Result<()> {
 
     host.machine.sh(&format!("rm {fill}"))?;
     // The room goes as soon as the first memory is written.
-    let filler = format!("{UNTIL_MEMORY_IS_WRITTEN}; {}", take("1048576"));
+    let filler = format!("{UNTIL_MEMORY_IS_WRITTEN}; until {}; do :; done", take("1048576"));
     let mut filler = context.ssh().spawn(&filler)?;
     host.update("runs-out", None)?;
     let update = host.ended("runs-out")?;

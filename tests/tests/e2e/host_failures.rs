@@ -14,12 +14,13 @@ use crate::host::{Host, LIMIT, POLL, UNTIL_MEMORY_IS_WRITTEN};
 /// Lost at the next boot, like everything beneath /run.
 const NO_RESTART: &str = "mkdir -p /run/systemd/system/understudy-node.service.d && printf '[Service]\\nRestart=no\\n' >/run/systemd/system/understudy-node.service.d/e2e.conf && systemctl daemon-reload";
 
-/// A change to the checkpoint of a guest (`$CHECKPOINT`, with that of the other beside it as `$OTHER`), and the
-/// reasons that may be told for it.
+/// A change to the checkpoint of a guest (`$CHECKPOINT`, with that of the other beside it as `$OTHER`), the
+/// reasons that may be told for it, and the file that is named.
 struct Damage {
     what: &'static str,
     change: &'static str,
     reasons: &'static [&'static str],
+    file: &'static str,
 }
 
 const DAMAGES: [Damage; 4] = [
@@ -27,21 +28,25 @@ const DAMAGES: [Damage; 4] = [
         what: "one bit of its state is another",
         change: "printf '\\x55' | dd of=$CHECKPOINT/state bs=1 seek=4000 conv=notrunc status=none",
         reasons: &["CheckpointDamaged"],
+        file: "/state",
     },
     Damage {
         what: "its index is truncated",
         change: "truncate -s -24 $CHECKPOINT/index",
         reasons: &["CheckpointDamaged"],
+        file: "/index",
     },
     Damage {
         what: "its manifest is torn",
         change: "truncate -s -200 $CHECKPOINT/manifest.json",
         reasons: &["CheckpointDamaged"],
+        file: "/manifest.json",
     },
     Damage {
         what: "its manifest is that of another guest",
         change: "cp $OTHER/manifest.json $CHECKPOINT/manifest.json",
         reasons: &["CheckpointForeign", "CheckpointKey"],
+        file: "/manifest.json",
     },
 ];
 
@@ -62,6 +67,7 @@ impl Host {
 pub fn a_power_cut_loses_only_sessions_that_were_not_saved(context: &Context) -> Result<()> {
     let mut host = Host::running(context)?;
     let lives = host.pair.lives()?;
+    host.wait_for_clean_disk()?;
     let clients = host.pair.watch(&host.machine, "cut-early")?;
     host.update("cut-early", None)?;
     context.ssh().run(UNTIL_MEMORY_IS_WRITTEN)?;
@@ -149,7 +155,8 @@ pub fn a_damaged_checkpoint_is_refused_and_kept(context: &Context) -> Result<()>
                 return Ok(None);
             };
             said = condition_message(&guest, "Ready");
-            let told = damage.reasons.iter().any(|reason| said.starts_with(reason));
+            let told = damage.reasons.iter().any(|reason| said.starts_with(reason))
+                && said.contains(&format!("{checkpoint}{}", damage.file));
             Ok((guest["status"]["phase"] == "Saved" && told).then_some(()))
         })
         .with_context(|| format!("{}: the guest says {said:?}", damage.what))?;

@@ -7,6 +7,7 @@
 mod guest;
 mod handover;
 mod host;
+mod host_busy;
 mod host_failures;
 mod node;
 mod refusals;
@@ -35,22 +36,22 @@ const TESTS: &[Test] = &[
         handover::a_clone_that_panics_or_stays_silent_costs_nothing,
     ),
     ("what_cannot_work_says_why", refusals::what_cannot_work_says_why),
-];
-
-/// Those that are run by hand, since they take from ten minutes on an emulated host: `make e2e T=name
-/// ARGS=--include-ignored`. Of the host reboots the one that is typed was seen through; the others have not been yet.
-const LONG: &[Test] = &[
     (
         "the_agent_may_die_at_every_step",
         handover::the_agent_may_die_at_every_step,
     ),
     (
-        "a_failed_save_says_why_and_every_guest_goes_on",
-        host::a_failed_save_says_why_and_every_guest_goes_on,
-    ),
-    (
         "a_host_update_resumes_every_session",
         host::a_host_update_resumes_every_session,
+    ),
+];
+
+/// More reboots of the host, minutes each on an emulated one: `make e2e ARGS=--ignored` runs them, and with `T=name` one
+/// of them.
+const LONG: &[Test] = &[
+    (
+        "a_failed_save_says_why_and_every_guest_goes_on",
+        host::a_failed_save_says_why_and_every_guest_goes_on,
     ),
     (
         "a_plain_reboot_typed_on_the_host_loses_no_session",
@@ -63,6 +64,14 @@ const LONG: &[Test] = &[
     (
         "a_damaged_checkpoint_is_refused_and_kept",
         host_failures::a_damaged_checkpoint_is_refused_and_kept,
+    ),
+    (
+        "a_session_needs_its_vmm_and_not_its_guest_agent",
+        host_busy::a_session_needs_its_vmm_and_not_its_guest_agent,
+    ),
+    (
+        "a_seamless_reboot_in_flight_is_aborted_or_waited_for_when_the_host_must_go",
+        host_busy::a_seamless_reboot_in_flight_is_aborted_or_waited_for_when_the_host_must_go,
     ),
     (
         "a_power_cut_loses_only_sessions_that_were_not_saved",
