@@ -84,8 +84,9 @@ pub enum Request {
     },
     /// `FITHAW`; idempotent. [`Reply::Thawed`] says whether the watchdog had been faster.
     ThawFilesystems,
-    /// Stops `stop` units, freezes the rest of user land (cgroup freezer; not PID 1, not this agent) and
-    /// syncs. Thawed by [`Request::ThawUserland`] or the watchdog. The host renews by asking again.
+    /// Stops `stop` units and freezes the rest of user land (cgroup freezer; not PID 1, not this agent); the
+    /// export that follows writes everything out. Thawed by [`Request::ThawUserland`] or the watchdog. The host
+    /// renews by asking again.
     FreezeUserland {
         /// Milliseconds until the guest thaws by itself.
         watchdog_ms: u32,
