@@ -52,8 +52,9 @@ demo: build ## The main job on real input: a seamless reboot, and an ordinary on
 demo-host: build ## A host reboots into its new kernel, its guests' sessions go on; and an ordinary one beside it
 	@$(BIN)/understudy-demo-host $(ARGS)
 
-bench: build ## What it costs, measured in one run: interruption, disk split, freeze, memory
+bench: build ## What it costs, measured in one run: interruption, disk split, freeze, memory; saving and resuming
 	@$(BIN)/understudy-bench $(ARGS)
+	$(if $(ARGS),,cargo test --workspace --test vmm -- figures --ignored --nocapture)
 
 node-up: build ## Start the node VM where it is not up
 	@$(BED) node up

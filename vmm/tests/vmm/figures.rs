@@ -1,5 +1,4 @@
-//! What saving and resuming cost, as a table: `cargo test -p understudy-vmm --test vmm figures -- --ignored
-//! --nocapture`.
+//! What saving and resuming cost, as a table: a part of `make bench`.
 
 use std::fs;
 use std::process::Command;
@@ -11,6 +10,13 @@ use crate::common::{Guest, have_kvm, wait};
 use crate::payload;
 use crate::session::{request, resuming, saved};
 
+/// The pause of a save at 2 GiB against that at 256 MiB: at most this.
+const PAUSE: f64 = 2.0;
+/// From the start of a process to the guest's first instruction: at most this, in milliseconds.
+const START: f64 = 8.0;
+/// What a save writes in a second against plain direct writes: at least this.
+const THROUGHPUT: f64 = 0.8;
+
 /// Cycles of saving and resuming for each size; the median counts.
 const CYCLES: u32 = 5;
 
@@ -20,7 +26,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 #[test]
-#[ignore = "measures; run it by hand on a machine with nothing else to do"]
+#[ignore = "measures: a part of `make bench`"]
 fn figures_of_saving_and_resuming() {
     if !have_kvm() {
         return;
@@ -29,6 +35,7 @@ fn figures_of_saving_and_resuming() {
         "\n{:>8} {:>10} {:>10} {:>12} {:>12} {:>12} {:>12}",
         "RAM MiB", "pause ms", "save ms", "save MiB/s", "dd MiB/s", "resume ms", "all back ms"
     );
+    let mut found = Vec::new();
     for mib in [256u64, 2048] {
         let guest = Guest::with_kernel(payload::code());
         let mut config = guest.config(1, "Active", &format!("i{mib:x}"));
@@ -37,7 +44,7 @@ fn figures_of_saving_and_resuming() {
         wait("the guest has touched its memory", || {
             vmm.console().contains("idle")
         });
-        let (mut pauses, mut saves, mut rates, mut starts, mut backs) = Default::default();
+        let (mut pauses, mut saves, mut rates, mut plain, mut starts, mut backs) = Default::default();
         let add = |values: &mut Vec<f64>, value: f64| values.push(value);
         for cycle in 0..CYCLES {
             let request = request(&guest, cycle);
@@ -47,6 +54,7 @@ fn figures_of_saving_and_resuming() {
             add(&mut pauses, info.pause_us.unwrap() as f64 / 1e3);
             add(&mut saves, save * 1e3);
             add(&mut rates, (info.written_bytes >> 20) as f64 / save);
+            add(&mut plain, plain_writes(&guest, mib));
             drop(vmm);
             let begun = Instant::now();
             vmm = guest.start(&resuming(&config, &request));
@@ -59,14 +67,28 @@ fn figures_of_saving_and_resuming() {
             fs::remove_dir_all(&request.directory).unwrap();
         }
         drop(vmm);
+        let (pause, rate, plain, start) = (median(pauses), median(rates), median(plain), median(starts));
         println!(
-            "{mib:>8} {:>10.1} {:>10.0} {:>12.0} {:>12.0} {:>12.1} {:>12.0}",
-            median(pauses),
+            "{mib:>8} {pause:>10.1} {:>10.0} {rate:>12.0} {plain:>12.0} {start:>12.1} {:>12.0}",
             median(saves),
-            median(rates),
-            plain_writes(&guest, mib),
-            median(starts),
             median(backs),
+        );
+        found.push((pause, rate / plain, start));
+    }
+    let [(small, ..), (large, ..)] = found[..] else {
+        return;
+    };
+    let reached = |is: bool| if is { "reached" } else { "not reached" };
+    println!(
+        "\npause, 2 GiB / 256 MiB: {:.1}, at most {PAUSE}: {}",
+        large / small,
+        reached(large <= small * PAUSE)
+    );
+    for ((_, throughput, start), size) in found.iter().zip(["256 MiB", "2 GiB"]) {
+        println!(
+            "{size}: throughput of a save / plain direct writes {throughput:.2}, at least {THROUGHPUT}: {}; start {start:.1} ms, at most {START}: {}",
+            reached(*throughput >= THROUGHPUT),
+            reached(*start <= START)
         );
     }
 }
