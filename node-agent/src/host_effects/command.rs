@@ -100,6 +100,8 @@ impl Commands {
             let _ = fs::remove_file(&log);
             let log = log.display();
             let output = Command::new("systemd-run")
+                // It would notify systemd in our name.
+                .env_remove("NOTIFY_SOCKET")
                 .arg(format!("--unit={unit}"))
                 .arg("--quiet")
                 .arg("--description=Understudy update of this host")

@@ -196,6 +196,8 @@ impl Launcher {
             .status();
         let log = instance.log.display();
         let output = Command::new("systemd-run")
+            // It would notify systemd in our name.
+            .env_remove("NOTIFY_SOCKET")
             .arg(format!("--unit={unit}"))
             .arg(format!("--slice={SLICE}"))
             .args(["--quiet", "--collect"])
