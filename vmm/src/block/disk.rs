@@ -28,6 +28,8 @@ pub struct Disk {
     size: u64,
     pub(super) read_only: bool,
     full: AtomicBool,
+    /// It is at the write session of a session that is being resumed: see [`Disk::open_as_left`].
+    as_left: AtomicBool,
     pub(super) directory: Box<dyn Directory>,
     chain: Mutex<Chain>,
     /// One flush at a time: each page of the map has one write in flight at most, and whoever flushes waits
@@ -56,7 +58,8 @@ impl Disk {
 
     /// Opens the disk of a session that is resumed: the chain must be the one that it left, at the write
     /// session that it left, or the disk was written since. No write session begins, so that a resume that is
-    /// given up leaves it as it is: [`Disk::begin_session`] must come before the first write.
+    /// given up leaves it as it is, and one that is not need not wait for it: [`Disk::take_up`], or the first
+    /// write, begins it.
     pub fn open_as_left(
         config: &config::Disk,
         role: Role,
@@ -82,22 +85,44 @@ impl Disk {
                 advice: "boot the guest from its disk, which is newer; the saved session fits to it no more",
             });
         }
+        disk.as_left.store(!disk.read_only, Ordering::Release);
         Ok(disk)
+    }
+
+    /// Begins the write session of a disk that is as the resumed session left it, durably, unless a write has
+    /// done so.
+    pub fn take_up(&self) -> Result<(), DiskError> {
+        match self.as_left.load(Ordering::Acquire) {
+            true => self.take_up_chain(&mut self.chain()),
+            false => Ok(()),
+        }
+    }
+
+    /// The same for who has the chain: before anything of it changes.
+    fn take_up_chain(&self, chain: &mut Chain) -> Result<(), DiskError> {
+        if self.as_left.load(Ordering::Acquire) {
+            self.begin_session_of(chain)?;
+        }
+        Ok(())
     }
 
     /// Begins a write session, durably: whoever knows the disk at the one before can tell that it may have
     /// been written since.
     pub fn begin_session(&self) -> Result<(), DiskError> {
-        let mut chain = self.chain();
-        let chain = &mut *chain;
+        self.begin_session_of(&mut self.chain())
+    }
+
+    fn begin_session_of(&self, chain: &mut Chain) -> Result<(), DiskError> {
         let directory = self.directory.as_ref();
         match chain.layers.first_mut() {
-            Some(top) => top.begin_session(directory),
+            Some(top) => top.begin_session(directory)?,
             None => {
                 let (merging, layered) = (chain.source.record.merging, chain.source.record.layered);
-                chain.source.begin_session(directory, merging, layered)
+                chain.source.begin_session(directory, merging, layered)?;
             }
         }
+        self.as_left.store(false, Ordering::Release);
+        Ok(())
     }
 
     pub(super) fn open_in(
@@ -149,6 +174,7 @@ impl Disk {
             size: chain.size,
             read_only: config.read_only,
             full: AtomicBool::new(false),
+            as_left: AtomicBool::new(false),
             directory,
             chain: Mutex::new(chain),
             flushing: Mutex::new(()),
@@ -212,6 +238,17 @@ impl Disk {
         chain
     }
 
+    /// The same for a request that changes the disk.
+    fn chain_to_write(&self) -> io::Result<MutexGuard<'_, Chain>> {
+        let mut chain = self.guest_chain();
+        match self.take_up_chain(&mut chain) {
+            Ok(()) => Ok(chain),
+            // Where there is no room on the host it waits, as the write itself would.
+            Err(DiskError::Io { source, .. }) => Err(source),
+            Err(error) => Err(io::Error::other(error)),
+        }
+    }
+
     /// Whether a request of the guest waits for the chain.
     pub(super) fn guest_waits(&self) -> bool {
         self.waiting.load(Ordering::Acquire) > 0
@@ -266,13 +303,13 @@ impl Disk {
     /// Writes `buffers` at `offset`; durable after the next [`Disk::flush`].
     pub(crate) fn write(&self, buffers: &Buffers<'_>, offset: u64) -> io::Result<()> {
         self.check_write(offset, buffers.len())?;
-        self.guest_chain().write(buffers, offset)
+        self.chain_to_write()?.write(buffers, offset)
     }
 
     /// Makes the range read as zeros and gives its space back; durable after the next [`Disk::flush`].
     pub(crate) fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
         self.check_write(offset, len)?;
-        self.guest_chain().zero(offset, len)
+        self.chain_to_write()?.zero(offset, len)
     }
 
     /// Makes completed writes durable. Other requests go on meanwhile.

@@ -177,6 +177,37 @@ fn a_disk_goes_on_from_the_layer_that_owner_json_names_or_not_at_all() {
 }
 
 #[test]
+fn a_disk_of_a_resumed_session_is_as_it_was_left_until_it_is_taken_up_or_written() {
+    let real = Real::new(1 << 20);
+    for (layered, writes) in [(false, false), (false, true), (true, false), (true, true)] {
+        let disk = real.open().unwrap();
+        if layered && disk.info().layers.is_empty() {
+            real.split(&disk);
+        }
+        let left = disk.info();
+        drop(disk);
+        let open = || Disk::open_as_left(&real.config, Role::Active, &left.layers, left.session);
+        // A resume that is given up changes nothing, and reading does not either.
+        let disk = open().unwrap();
+        at(&disk, 0);
+        assert_eq!(disk.info().session, left.session);
+        drop(disk);
+        let disk = open().unwrap();
+        match writes {
+            true => put(&disk, 512, 3, 512),
+            false => disk.take_up().unwrap(),
+        }
+        assert_eq!(disk.info().session, left.session + 1);
+        put(&disk, 512, 4, 512);
+        disk.take_up().unwrap();
+        assert_eq!(disk.info().session, left.session + 1, "once is enough");
+        drop(disk);
+        let error = open().err().unwrap();
+        assert!(matches!(error, DiskError::StaleRoot { .. }), "{error}");
+    }
+}
+
+#[test]
 fn damaged_truncated_and_newer_maps_are_refused() {
     let real = Real::new(1 << 20);
     let disk = real.open().unwrap();

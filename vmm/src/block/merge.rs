@@ -69,6 +69,7 @@ impl Disk {
         if self.merge.lock().running {
             return Ok(self.info());
         }
+        self.take_up()?;
         // Before the thread, so that whoever asks learns that it cannot be.
         Merger::new(self).acquire()?;
         self.forget_splits(&mut control)?;

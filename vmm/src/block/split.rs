@@ -42,6 +42,7 @@ impl Disk {
         {
             return Ok(());
         }
+        self.take_up()?;
         self.stop_merge();
         control.splits.prepared = None;
         let below = {

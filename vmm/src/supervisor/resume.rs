@@ -1,8 +1,9 @@
 //! Resuming a session from its checkpoint, in place of a boot.
 //!
 //! Everything is verified and put together first; what is wrong is refused, and nothing was changed. Then
-//! the checkpoint is marked as consumed, durably, and the disks' write sessions grow, and only then does the
-//! guest run: whatever happens, no two lives of it ever go on from one checkpoint.
+//! the checkpoint is marked as consumed, durably, and only then does the guest run: whatever happens, no two
+//! lives of it ever go on from one checkpoint. The write session of each disk grows beside the running guest,
+//! before its first write at the latest, so that a copy of the checkpoint is refused as well.
 
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
@@ -18,7 +19,7 @@ use super::devices::{Devices, DevicesError};
 use super::fence::{self, FenceError};
 use super::session::{Compatibility, SessionState};
 use super::{Inner, StartError, Supervisor};
-use crate::block::DiskError;
+use crate::block::{Disk, DiskError};
 use crate::boot::smbios::Identity as Smbios;
 use crate::machine::assembly::{Assembly, AssemblyError, Machine, Parts};
 use crate::machine::board::Event;
@@ -159,13 +160,9 @@ impl Supervisor {
 
         reader.mark_consumed()?;
         let late = |error: &dyn std::fmt::Display| ResumeError::Late(error.to_string());
-        for disk in devices.disks() {
-            if !disk.read_only() {
-                disk.begin_session().map_err(|error| late(&error))?;
-            }
-        }
         vm_state::restore_clock(&assembly.vm, &state.chipset).map_err(|error| late(&error))?;
         assembly.board.resume().map_err(|error| late(&error))?;
+        take_up(devices.disks())?;
         inner.kernel = state.kernel.clone();
         inner.state = VmState::Running;
         let start_us = started.elapsed().as_micros() as u64;
@@ -248,6 +245,24 @@ impl Supervisor {
         }
         Ok(())
     }
+}
+
+/// Begins the write sessions of the disks while the guest runs; a write that comes sooner does so itself.
+fn take_up(disks: &[Arc<Disk>]) -> Result<(), ResumeError> {
+    let disks = disks.to_vec();
+    let begin = move || {
+        for disk in disks {
+            if let Err(error) = disk.take_up() {
+                // The guest's next write tries again, and waits where there is no room.
+                tracing::warn!(disk = disk.name(), %error, "its write session does not begin yet");
+            }
+        }
+    };
+    std::thread::Builder::new()
+        .name("write-session".to_owned())
+        .spawn(begin)
+        .map(drop)
+        .map_err(|error| ResumeError::Late(format!("starting a thread: {error}")))
 }
 
 /// The configuration is that of the session.

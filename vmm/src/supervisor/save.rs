@@ -218,6 +218,10 @@ impl Supervisor {
         let (Some(assembly), Some(devices)) = (&inner.assembly, &inner.devices) else {
             return Err(Failure::Overtaken("the guest has stopped".to_owned()));
         };
+        // What the checkpoint names must not grow any more.
+        for disk in devices.disks() {
+            disk.take_up()?;
+        }
         Ok(Source {
             boots: inner.boots,
             log: DirtyLog::begin(&assembly.vm, &inner.ram)?,

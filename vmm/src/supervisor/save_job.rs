@@ -11,6 +11,7 @@ use understudy_vmm_control::session::{SaveInfo, SaveRequest, SaveState};
 use super::fence::FenceError;
 use super::operations::{OperationError, failed};
 use super::session::CaptureError;
+use crate::block::DiskError;
 use crate::machine::dirty::DirtyLogError;
 use crate::persist::StateError;
 use crate::virtio::device::DeviceError;
@@ -39,6 +40,8 @@ pub(super) enum Failure {
     State(#[from] StateError),
     #[error("stopping the devices: {0}")]
     Devices(#[from] DeviceError),
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     #[error("flushing the disks: {0}")]
     Flush(io::Error),
     #[error(transparent)]
