@@ -41,7 +41,7 @@ test: setup ## Everything: check, then the end-to-end tests on a node VM
 	$(MAKE) check
 	$(MAKE) e2e
 
-# Built with the tests' dependencies, so that nothing is built a second time that check has built.
+# These two are built with the tests' dependencies, so that nothing is built a second time that check has built.
 e2e: setup ## End-to-end tests on the node VM; T=name for one of them
 	@$(TIMED) build-for-tests cargo build --workspace --bins --tests
 	UNDERSTUDY_E2E=1 $(TIMED) end-to-end cargo test --workspace --test e2e -- $(T) $(ARGS)
@@ -52,8 +52,9 @@ demo: build ## The main job on real input: a seamless reboot, and an ordinary on
 demo-host: build ## A host reboots into its new kernel, its guests' sessions go on; and an ordinary one beside it
 	@$(BIN)/understudy-demo-host $(ARGS)
 
-bench: build ## What it costs, measured in one run: interruption, disk split, freeze, memory; saving and resuming
-	@$(BIN)/understudy-bench $(ARGS)
+bench: setup ## What it costs, measured in one run: interruption, disk split, freeze, memory; saving and resuming
+	@$(TIMED) build-for-tests cargo build --workspace --bins --tests
+	$(BIN)/understudy-bench $(ARGS)
 	$(if $(ARGS),,cargo test --workspace --test vmm -- figures --ignored --nocapture)
 
 node-up: build ## Start the node VM where it is not up

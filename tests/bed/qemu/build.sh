@@ -40,7 +40,7 @@ cp "$HERE/devices.mak" source/configs/devices/x86_64-softmmu/node.mak
 
 mkdir build
 cd build
-../source/configure --target-list=x86_64-softmmu --without-default-features --enable-system --enable-tcg \
+../source/configure --target-list=x86_64-softmmu --without-default-features --enable-system --enable-tcg --enable-kvm \
     --without-default-devices --with-devices-x86_64=node --audio-drv-list= \
     --disable-werror --disable-debug-info --meson="$(command -v meson)"
 ninja -j "$(nproc)" qemu-system-x86_64

@@ -21,7 +21,7 @@ pub use netns::{GATEWAY, NetNs};
 pub use node::{Node, NodeOptions, Status};
 pub use qmp::Qmp;
 pub use ssh::{Output, Ssh};
-pub use stage::{NODE_BIN, Stage};
+pub use stage::{GUEST_IMAGE, NODE_BIN, Stage};
 pub use wait::{Deadline, wait_until};
 
 use std::path::{Path, PathBuf};

@@ -21,7 +21,8 @@ const ON_NODE: [&str; 5] = [
 /// Those of them that go into the guest image.
 const IN_GUEST: [&str; 3] = ["understudy-guest", "understudy-ledger", "understudy-counter"];
 
-const GUEST_IMAGE: &str = "/var/lib/understudy/images/guest.ext4";
+/// The pristine guest image on a node.
+pub const GUEST_IMAGE: &str = "/var/lib/understudy/images/guest.ext4";
 
 /// Where binaries are on a node.
 pub const NODE_BIN: &str = "/opt/understudy/bin";

@@ -5,21 +5,26 @@
 pub mod freeze;
 pub mod memory;
 pub mod nature;
+mod qemu;
+pub mod sessions;
 pub mod split;
 pub mod statistics;
 mod table;
+mod vmm;
 
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::bed::{NODE_BIN, repository};
+use crate::bed::{GUEST_IMAGE, NODE_BIN, repository};
 use crate::demo::{self, Chosen, GUEST, Moment, Outcome};
 use freeze::BareFreeze;
 use memory::Footprint;
 use nature::Nature;
+use sessions::{Given, Sessions};
 use split::Splits;
 
 /// Where a node VM keeps the disks of the splits.
@@ -43,6 +48,9 @@ pub struct Findings {
     pub splits: Vec<Splits>,
     /// Whether they were measured in the node VM, and not on this machine.
     pub splits_in_node: bool,
+    /// Sessions of stock guests, saved and resumed, beside QEMU's.
+    #[serde(default)]
+    pub sessions: Vec<Sessions>,
     /// How long the serving guest's block requests waited for the split of its disk, in microseconds.
     pub serving_split_held_us: Option<u64>,
     /// Bare freezes of the guest that was rebooted, before it was.
@@ -78,6 +86,10 @@ pub fn run(chosen: &mut Chosen, repetitions: usize, logs: &Path) -> Result<Findi
         split::measure(&chosen.binaries.join("understudy-vmm"), &dir, repetitions)?
     };
 
+    eprintln!("Saving and resuming guests of two sizes, by our VMM and by QEMU: some minutes");
+    chosen.machine.clear()?;
+    let sessions = measure_sessions(chosen)?;
+
     let mut bare_freeze = None;
     let mut memory = Vec::new();
     let reboots = demo::run_with_logs(chosen, logs, &mut |moment, machine, address| {
@@ -98,6 +110,7 @@ pub fn run(chosen: &mut Chosen, repetitions: usize, logs: &Path) -> Result<Findi
         repetitions,
         splits,
         splits_in_node,
+        sessions,
         serving_split_held_us: held_in(&chosen.machine.guest_log(GUEST)?),
         bare_freeze: bare_freeze.context("the demo never said that the guest serves")?,
         memory,
@@ -114,6 +127,35 @@ fn held_in(log: &str) -> Option<u64> {
 
 /// This program measures the splits on the node by itself, since a VMM listens on a socket there.
 fn splits_in_node_vm(chosen: &Chosen, repetitions: usize) -> Result<Vec<Splits>> {
+    on_node(
+        chosen,
+        &format!("splits --dir {DIR_ON_NODE} --repetitions {repetitions}"),
+    )
+}
+
+/// Sessions are measured where the guests run, by this program as well.
+fn measure_sessions(chosen: &Chosen) -> Result<Vec<Sessions>> {
+    let images = chosen.machine.images();
+    let Some(node) = chosen.machine.node() else {
+        let dir = repository().join("target/bench");
+        qemu::gather(&images.qemu, &dir.join("qemu"))?;
+        let given = Given {
+            vmm: &chosen.binaries.join("understudy-vmm"),
+            qemu: &dir.join("qemu"),
+            image: &images.guest_disk(),
+        };
+        return sessions::measure(&given, &dir);
+    };
+    let there = format!("{DIR_ON_NODE}/qemu");
+    qemu::bring(&images.qemu, node.ssh(), &there)?;
+    on_node(
+        chosen,
+        &format!("sessions --dir {DIR_ON_NODE} --qemu {there} --image {GUEST_IMAGE}"),
+    )
+}
+
+/// What this program prints as JSON when it is run on the node with these arguments.
+fn on_node<T: DeserializeOwned>(chosen: &Chosen, arguments: &str) -> Result<T> {
     let node = chosen.machine.node().context("there is no node VM")?;
     let program = std::env::current_exe().context("cannot find this program's own path")?;
     let small = tempfile::NamedTempFile::new().context("cannot create a temporary file")?;
@@ -126,9 +168,7 @@ fn splits_in_node_vm(chosen: &Chosen, repetitions: usize) -> Result<Vec<Splits>>
     }
     let there = format!("{NODE_BIN}/understudy-bench");
     node.ssh().push(small.path(), &there, 0o755)?;
-    let printed = node.ssh().run(&format!(
-        "{there} splits --dir {DIR_ON_NODE} --repetitions {repetitions}"
-    ))?;
+    let printed = node.ssh().run(&format!("{there} {arguments}"))?;
     serde_json::from_str(&printed).with_context(|| format!("the node printed: {printed}"))
 }
 

@@ -4,28 +4,20 @@
 //! The guest is a kernel of three bytes that halts, so that this runs on a software KVM as well.
 
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
-use understudy_vmm_control::API_VERSION;
 use understudy_vmm_control::api::{PrepareSplit, Split, VmState};
-use understudy_vmm_control::client::Client;
-use understudy_vmm_control::config::{Boot, Disk, DiskRole, Paths, Role, VmConfig, Vsock};
-use understudy_vmm_control::owner::{OWNER_VERSION, Owner, state_dir};
+use understudy_vmm_control::config::Boot;
 use uuid::Uuid;
 
 use super::statistics::Sample;
-use crate::bed::wait_until;
+use super::vmm::{DISK, Process, config};
 
 /// The sizes that are compared, in bytes.
 pub const SIZES: [u64; 2] = [1 << 30, 1 << 40];
-/// A VMM starts and ends in a fraction of a second; the rest is patience.
-const LIMIT: Duration = Duration::from_secs(120);
-const POLL: Duration = Duration::from_millis(10);
-const DISK: &str = "root";
 
 /// Splits of a disk of one size.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -91,7 +83,7 @@ fn once(vmm: &Path, dir: &Path, size: u64) -> Result<One> {
         .prefix("split-")
         .tempdir_in(dir)
         .with_context(|| format!("cannot create a directory in {}", dir.display()))?;
-    let guest = Tiny::start(vmm, dir.path(), size)?;
+    let guest = start(vmm, dir.path(), size)?;
     let (guest_layer, clone_layer) = (Uuid::new_v4(), Uuid::new_v4());
     let began = Instant::now();
     guest.client.prepare_split(
@@ -118,107 +110,19 @@ fn once(vmm: &Path, dir: &Path, size: u64) -> Result<One> {
     })
 }
 
-/// A VMM process with the smallest of guests; killed when dropped.
-struct Tiny {
-    child: Child,
-    client: Client,
-    log: PathBuf,
-}
-
-impl Tiny {
-    /// Starts it with a sparse disk of this size and waits until it runs.
-    fn start(vmm: &Path, dir: &Path, size: u64) -> Result<Tiny> {
-        let at = |name: &str| dir.join(name);
-        let disk = at("disk.img");
-        File::create(&disk)
-            .and_then(|file| file.set_len(size))
-            .with_context(|| format!("cannot make a sparse file of {size} bytes at {}", disk.display()))?;
-        fs::write(at("kernel"), halting_kernel())?;
-        let owner = state_dir(&disk);
-        fs::create_dir(&owner)?;
-        Owner {
-            version: OWNER_VERSION,
-            epoch: 1,
-            incarnation: 1,
-            layer: None,
-        }
-        .replace(&owner)?;
-        let config = VmConfig {
-            version: API_VERSION,
-            guest: "bench/tiny".to_owned(),
-            uuid: Uuid::new_v4(),
-            incarnation: 1,
-            role: Role::Active,
-            cpus: 1,
-            memory_mib: 32,
-            boot: Boot::Files {
-                kernel: at("kernel"),
-                initrd: None,
-                cmdline: String::new(),
-            },
-            disks: vec![Disk {
-                name: DISK.to_owned(),
-                role: DiskRole::Root,
-                source: disk,
-                read_only: false,
-                layer: None,
-            }],
-            networks: Vec::new(),
-            vsock: Vsock {
-                cid: 3,
-                socket: at("vsock.sock"),
-            },
-            clone_oem_strings: Vec::new(),
-            resume: None,
-            paths: Paths {
-                control: at("control.sock"),
-                handover: at("handover.sock"),
-                console: at("console.log"),
-                platform: at("platform.json"),
-            },
-        };
-        fs::write(at("config.json"), serde_json::to_vec(&config)?)?;
-        let log = at("vmm.log");
-        let child = Command::new(vmm)
-            .args(["run", "--config"])
-            .arg(at("config.json"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(File::create(&log)?)
-            .spawn()
-            .with_context(|| format!("cannot start {}", vmm.display()))?;
-        let mut tiny = Tiny {
-            child,
-            client: Client::new(at("control.sock"), LIMIT),
-            log,
-        };
-        wait_until("the VMM to run its guest", LIMIT, POLL, || {
-            if let Some(status) = tiny.child.try_wait()? {
-                let log = fs::read_to_string(&tiny.log).unwrap_or_default();
-                bail!("the VMM ended ({status}): {log}");
-            }
-            let running = tiny
-                .client
-                .info()
-                .is_ok_and(|info| info.state == VmState::Running);
-            Ok(running.then_some(()))
-        })?;
-        Ok(tiny)
-    }
-
-    fn stop(mut self) -> Result<()> {
-        self.client.vm("stop")?;
-        wait_until("the VMM to end", LIMIT, POLL, || {
-            Ok(self.child.try_wait()?.map(drop))
-        })
-    }
-}
-
-impl Drop for Tiny {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+/// Starts the smallest of guests with a sparse disk of this size.
+fn start(vmm: &Path, dir: &Path, size: u64) -> Result<Process> {
+    let (disk, kernel) = (dir.join("disk.img"), dir.join("kernel"));
+    File::create(&disk)
+        .and_then(|file| file.set_len(size))
+        .with_context(|| format!("cannot make a sparse file of {size} bytes at {}", disk.display()))?;
+    fs::write(&kernel, halting_kernel())?;
+    let boot = Boot::Files {
+        kernel,
+        initrd: None,
+        cmdline: String::new(),
+    };
+    Process::start(vmm, dir, &config(dir, &disk, boot, 32)?)
 }
 
 /// A bzImage (Linux boot protocol 2.15, 64-bit entry) whose code is `hlt`, in a loop.

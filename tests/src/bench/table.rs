@@ -12,6 +12,15 @@ const INTERRUPTION_GOAL: f64 = 200.0;
 /// The guest's freeze against that of `fsfreeze -f; fsfreeze -u`: at most this.
 const FREEZE: f64 = 2.0;
 
+/// The pause of a save against the downtime that QEMU reports: at most this.
+const DOWNTIME: f64 = 0.5;
+/// The pause at 2 GiB against that at 256 MiB: at most this.
+const PAUSES: f64 = 2.0;
+/// The same against QEMU's save of the stopped guest: shorter by this at least.
+const STOPPED: f64 = 10.0;
+/// From a process's start to the resumed guest's first instruction, against QEMU: shorter by this at least.
+const START: f64 = 5.0;
+
 struct Row {
     figure: String,
     measured: String,
@@ -27,6 +36,7 @@ impl Findings {
             self.disk_split(),
             self.freeze(),
             self.memory(),
+            self.sessions(),
         ]
         .into_iter()
         .flatten()
@@ -160,6 +170,43 @@ impl Findings {
                 verdict: ratio(split, ioctls.median_us),
             },
         ]
+    }
+
+    fn sessions(&self) -> Vec<Row> {
+        let mut rows = Vec::new();
+        for s in &self.sessions {
+            let to_downtime = s.pause.median_us / s.qemu_downtime.median_us.max(1.0);
+            let to_start = s.qemu_start.median_us / s.start.median_us.max(1.0);
+            rows.push(Row {
+                figure: format!("pause of a save, {} MiB", s.memory_mib),
+                measured: s.pause.to_string(),
+                beside: format!("QEMU's downtime {}", s.qemu_downtime),
+                verdict: format!("x {to_downtime:.2}  at most {DOWNTIME}: {}", reached(to_downtime <= DOWNTIME)),
+            });
+            rows.push(Row {
+                figure: format!("start to resumed guest, {} MiB", s.memory_mib),
+                measured: s.start.to_string(),
+                beside: format!("QEMU's -incoming {}", s.qemu_start),
+                verdict: format!("1/{to_start:.0}  at most 1/{START}: {}", reached(to_start >= START)),
+            });
+        }
+        if let [small, large] = &self.sessions[..] {
+            let to_small = large.pause.median_us / small.pause.median_us.max(1.0);
+            let to_stopped = large.qemu_stopped.median_us / large.pause.median_us.max(1.0);
+            rows.push(Row {
+                figure: "pause, large / small".to_owned(),
+                measured: large.pause.to_string(),
+                beside: small.pause.to_string(),
+                verdict: format!("x {to_small:.2}  at most {PAUSES}: {}", reached(to_small <= PAUSES)),
+            });
+            rows.push(Row {
+                figure: format!("pause, {} MiB", large.memory_mib),
+                measured: large.pause.to_string(),
+                beside: format!("QEMU's save of it stopped {}", large.qemu_stopped),
+                verdict: format!("1/{to_stopped:.0}  at most 1/{STOPPED}: {}", reached(to_stopped >= STOPPED)),
+            });
+        }
+        rows
     }
 
     fn memory(&self) -> Vec<Row> {

@@ -6,10 +6,11 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use understudy_tests::bed::{Stage, repository};
+use understudy_tests::bench::sessions::{self, Given};
 use understudy_tests::bench::{self, split};
 use understudy_tests::demo::Chosen;
 
-/// Measures interruption, disk split, freeze and memory in one run, each beside what it is compared with.
+/// Measures interruption, disk split, freeze, memory and sessions in one run, each beside what it is compared with.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
@@ -34,6 +35,18 @@ enum Only {
         #[arg(long)]
         dir: Option<PathBuf>,
     },
+    /// Measure sessions alone, on this machine, and print them as JSON.
+    Sessions {
+        /// Where disks and sessions are made.
+        #[arg(long)]
+        dir: PathBuf,
+        /// A directory with QEMU, its libraries in lib and its firmware in firmware.
+        #[arg(long)]
+        qemu: PathBuf,
+        /// Root disk of a guest.
+        #[arg(long)]
+        image: PathBuf,
+    },
     /// Print the table of an earlier run again.
     Show {
         /// What that run wrote.
@@ -50,6 +63,15 @@ fn main() -> Result<()> {
             let vmm = binaries.join("understudy-vmm");
             let splits = split::measure(&vmm, &dir, arguments.repetitions.into())?;
             println!("{}", serde_json::to_string_pretty(&splits)?);
+            return Ok(());
+        }
+        Some(Only::Sessions { dir, qemu, image }) => {
+            let given = Given {
+                vmm: &binaries.join("understudy-vmm"),
+                qemu: &qemu,
+                image: &image,
+            };
+            println!("{}", serde_json::to_string_pretty(&sessions::measure(&given, &dir)?)?);
             return Ok(());
         }
         Some(Only::Show { json }) => {
