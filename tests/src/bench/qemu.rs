@@ -9,7 +9,12 @@ use anyhow::{Context, Result, bail};
 use crate::bed::Ssh;
 
 /// What a PC with a kernel of its own boots with, and where Debian's packages put it.
-const FIRMWARE: [&str; 4] = ["bios-256k.bin", "kvmvapic.bin", "linuxboot_dma.bin", "multiboot_dma.bin"];
+const FIRMWARE: [&str; 4] = [
+    "bios-256k.bin",
+    "kvmvapic.bin",
+    "linuxboot_dma.bin",
+    "multiboot_dma.bin",
+];
 const FIRMWARE_DIRS: [&str; 2] = ["/usr/share/seabios", "/usr/share/qemu"];
 /// Every machine has these, and they belong together.
 const BASE: [&str; 4] = ["libc.so", "libm.so", "ld-linux", "linux-vdso"];
@@ -46,17 +51,28 @@ pub fn bring(qemu: &Path, ssh: &Ssh, to: &str) -> Result<()> {
     let files = gather(qemu, here.path())?;
     ssh.run(&format!("mkdir -p {to}/lib {to}/firmware"))?;
     for file in files {
-        ssh.push(&here.path().join(&file), &format!("{to}/{}", file.display()), 0o755)?;
+        ssh.push(
+            &here.path().join(&file),
+            &format!("{to}/{}", file.display()),
+            0o755,
+        )?;
     }
     Ok(())
 }
 
 /// The shared libraries of a program, but those of [`BASE`].
 fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
-    let output = Command::new("ldd").arg(program).output().context("cannot run ldd")?;
+    let output = Command::new("ldd")
+        .arg(program)
+        .output()
+        .context("cannot run ldd")?;
     let text = String::from_utf8_lossy(&output.stdout);
     if !output.status.success() {
-        bail!("ldd {}: {}", program.display(), String::from_utf8_lossy(&output.stderr).trim());
+        bail!(
+            "ldd {}: {}",
+            program.display(),
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
     }
     Ok(text
         .lines()

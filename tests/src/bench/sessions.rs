@@ -114,12 +114,19 @@ fn ours(given: &Given, dir: &Path, kernel: &Path, initrd: &Path, size: u64) -> R
         drop(vmm);
         config.resume = Some(resume(&request, cycle));
         vmm = Process::start(given.vmm, dir, &config)?;
-        let start = vmm.client.info()?.resume.context("the VMM did not resume")?.start_us;
+        let start = vmm
+            .client
+            .info()?
+            .resume
+            .context("the VMM did not resume")?
+            .start_us;
         pauses.push(pause as f64);
         starts.push(start as f64);
         wait_until("all memory to be there", LIMIT, POLL, || {
             let resume = vmm.client.info()?.resume;
-            Ok(resume.is_some_and(|resume| resume.pending_bytes == 0).then_some(()))
+            Ok(resume
+                .is_some_and(|resume| resume.pending_bytes == 0)
+                .then_some(()))
         })?;
         fs::remove_dir_all(&request.directory)?;
     }
@@ -133,7 +140,10 @@ fn request(dir: &Path, cycle: usize) -> Result<SaveRequest> {
     let directory = dir.join(format!("checkpoint-{cycle}"));
     fs::create_dir(&directory)?;
     let key = dir.join(format!("key-{cycle}"));
-    fs::write(&key, [Uuid::new_v4().into_bytes(), Uuid::new_v4().into_bytes()].concat())?;
+    fs::write(
+        &key,
+        [Uuid::new_v4().into_bytes(), Uuid::new_v4().into_bytes()].concat(),
+    )?;
     Ok(SaveRequest {
         checkpoint,
         directory,
@@ -155,7 +165,8 @@ fn save(vmm: &Process, request: &SaveRequest) -> Result<u64> {
         Ok(info.state.has_ended().then_some(info))
     })?;
     ensure!(info.state == SaveState::Saved, "the save ended as {info:?}");
-    info.pause_us.context("the VMM did not say how long the pause was")
+    info.pause_us
+        .context("the VMM did not say how long the pause was")
 }
 
 fn resume(request: &SaveRequest, cycle: usize) -> Resume {
@@ -238,7 +249,15 @@ impl Machine<'_> {
         let mut command = Command::new(self.program.join("qemu-system-x86_64"));
         command
             .env("LD_LIBRARY_PATH", self.program.join("lib"))
-            .args(["-nodefaults", "-display", "none", "-machine", "pc", "-accel", "kvm"])
+            .args([
+                "-nodefaults",
+                "-display",
+                "none",
+                "-machine",
+                "pc",
+                "-accel",
+                "kvm",
+            ])
             .args(["-cpu", "host", "-smp", "1", "-m", &self.size.to_string()])
             .arg("-L")
             .arg(self.program.join("firmware"))
@@ -255,7 +274,9 @@ impl Machine<'_> {
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", socket.display()));
         if let Some(file) = from {
-            command.arg("-incoming").arg(format!("exec:cat {}", file.display()));
+            command
+                .arg("-incoming")
+                .arg(format!("exec:cat {}", file.display()));
         }
         let log = self.dir.join("qemu.log");
         let began = Instant::now();
@@ -267,7 +288,10 @@ impl Machine<'_> {
             .context("cannot start QEMU")?;
         let qmp = wait_until("QEMU to answer", LIMIT, POLL, || {
             if let Some(status) = child.try_wait()? {
-                bail!("QEMU ended ({status}): {}", fs::read_to_string(&log).unwrap_or_default());
+                bail!(
+                    "QEMU ended ({status}): {}",
+                    fs::read_to_string(&log).unwrap_or_default()
+                );
             }
             Ok(Qmp::connect(&socket).ok())
         })?;
@@ -285,8 +309,10 @@ impl Qemu {
         // As fast as the disk is.
         self.qmp
             .execute("migrate-set-parameters", json!({ "max-bandwidth": 1u64 << 40 }))?;
-        self.qmp
-            .execute("migrate", json!({ "uri": format!("exec:cat >{}", file.display()) }))?;
+        self.qmp.execute(
+            "migrate",
+            json!({ "uri": format!("exec:cat >{}", file.display()) }),
+        )?;
         wait_until("QEMU's migration to end", LIMIT, POLL, || {
             let report = self.qmp.execute("query-migrate", json!({}))?;
             match report["status"].as_str() {
@@ -308,21 +334,34 @@ impl Drop for Qemu {
 fn wait_for_boot(console: &Path) -> Result<()> {
     wait_until("the guest's login prompt", BOOT_LIMIT, POLL * 100, || {
         let text = fs::read(console).unwrap_or_default();
-        Ok(text.windows(UP.len()).any(|there| there == UP.as_bytes()).then_some(()))
+        Ok(text
+            .windows(UP.len())
+            .any(|there| there == UP.as_bytes())
+            .then_some(()))
     })?;
     std::thread::sleep(QUIET);
     Ok(())
 }
 
 fn copy(image: &Path, to: &Path) -> Result<PathBuf> {
-    shell(&format!("cp --sparse=always {} {}", image.display(), to.display()))?;
+    shell(&format!(
+        "cp --sparse=always {} {}",
+        image.display(),
+        to.display()
+    ))?;
     Ok(to.to_owned())
 }
 
 fn shell(line: &str) -> Result<()> {
-    let output = Command::new("sh").args(["-c", line]).output().context("cannot run sh")?;
+    let output = Command::new("sh")
+        .args(["-c", line])
+        .output()
+        .context("cannot run sh")?;
     if !output.status.success() {
-        bail!("'{line}' failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+        bail!(
+            "'{line}' failed: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
     }
     Ok(())
 }

@@ -181,13 +181,19 @@ impl Findings {
                 figure: format!("pause of a save, {} MiB", s.memory_mib),
                 measured: s.pause.to_string(),
                 beside: format!("QEMU's downtime {}", s.qemu_downtime),
-                verdict: format!("x {to_downtime:.2}  at most {DOWNTIME}: {}", reached(to_downtime <= DOWNTIME)),
+                verdict: format!(
+                    "x {to_downtime:.2}  at most {DOWNTIME}: {}",
+                    reached(to_downtime <= DOWNTIME)
+                ),
             });
             rows.push(Row {
                 figure: format!("start to resumed guest, {} MiB", s.memory_mib),
                 measured: s.start.to_string(),
                 beside: format!("QEMU's -incoming {}", s.qemu_start),
-                verdict: format!("1/{to_start:.0}  at most 1/{START}: {}", reached(to_start >= START)),
+                verdict: format!(
+                    "1/{to_start:.0}  at most 1/{START}: {}",
+                    reached(to_start >= START)
+                ),
             });
         }
         if let [small, large] = &self.sessions[..] {
@@ -197,13 +203,19 @@ impl Findings {
                 figure: "pause, large / small".to_owned(),
                 measured: large.pause.to_string(),
                 beside: small.pause.to_string(),
-                verdict: format!("x {to_small:.2}  at most {PAUSES}: {}", reached(to_small <= PAUSES)),
+                verdict: format!(
+                    "x {to_small:.2}  at most {PAUSES}: {}",
+                    reached(to_small <= PAUSES)
+                ),
             });
             rows.push(Row {
                 figure: format!("pause, {} MiB", large.memory_mib),
                 measured: large.pause.to_string(),
                 beside: format!("QEMU's save of it stopped {}", large.qemu_stopped),
-                verdict: format!("1/{to_stopped:.0}  at most 1/{STOPPED}: {}", reached(to_stopped >= STOPPED)),
+                verdict: format!(
+                    "1/{to_stopped:.0}  at most 1/{STOPPED}: {}",
+                    reached(to_stopped >= STOPPED)
+                ),
             });
         }
         rows

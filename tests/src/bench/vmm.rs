@@ -97,7 +97,9 @@ impl Process {
                 bail!("the VMM ended ({status}): {log}");
             }
             let info = process.client.info();
-            Ok(info.is_ok_and(|info| info.state == VmState::Running).then_some(()))
+            Ok(info
+                .is_ok_and(|info| info.state == VmState::Running)
+                .then_some(()))
         })?;
         Ok(process)
     }

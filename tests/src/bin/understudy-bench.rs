@@ -71,7 +71,10 @@ fn main() -> Result<()> {
                 qemu: &qemu,
                 image: &image,
             };
-            println!("{}", serde_json::to_string_pretty(&sessions::measure(&given, &dir)?)?);
+            println!(
+                "{}",
+                serde_json::to_string_pretty(&sessions::measure(&given, &dir)?)?
+            );
             return Ok(());
         }
         Some(Only::Show { json }) => {
