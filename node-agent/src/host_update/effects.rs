@@ -253,8 +253,8 @@ pub trait Effects {
     fn register_key(&mut self, update: &Update, session: &Session) -> Effected<()>;
 
     /// `PUT /v1/save`: begins the save where it has not begun, tells how far it is. It holds before its pause,
-    /// until [`Effects::pause_for_save`]. The checkpoint's directory is made. `lease_ms` counts for a save that begins. `GuestGone` where the VMM's process has
-    /// ended.
+    /// until [`Effects::pause_for_save`]. The checkpoint's directory is made. `lease_ms` counts for a save that
+    /// begins. `GuestGone` where the VMM's process has ended.
     fn save(&mut self, update: &Update, session: &Session, lease_ms: u64) -> Effected<SaveProgress>;
 
     /// `PUT /v1/save/pause`: the guest may be paused for the rest; tells how far the save is. `GuestGone` where
