@@ -164,7 +164,7 @@ pub fn resume(mut update: Update, host: &HostFacts, now: Moment) -> Update {
         match update.step {
             // Leases may have run out while no agent was there: the host is not rebooted on old knowledge.
             Step::Acknowledge | Step::Reboot => verify_again(&mut update),
-            Step::Done => resuming::try_kept_again(&mut update, host, now),
+            Step::Release | Step::Settle | Step::Done => resuming::try_kept_again(&mut update, host, now),
             _ => {}
         }
     }

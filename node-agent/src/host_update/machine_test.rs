@@ -319,3 +319,33 @@ fn what_holds_already_is_left_alone() {
     assert!(done.is_over());
     assert_eq!(done.verdict.unwrap().reason, reasons::ALREADY_SATISFIED);
 }
+
+#[test]
+fn a_restarted_agent_tries_a_kept_session_again_while_others_settle() {
+    for step in [Step::Release, Step::Settle, Step::Done] {
+        let mut update = update(step);
+        update.after = Some(boot_of(&host("two")));
+        Update::kept(&mut update.sessions[1], "CheckpointDamaged", "manifest: torn");
+        let update = advance(resume(update, &host("two"), at(SECOND)), at(SECOND));
+        assert_eq!(
+            next(&update, at(SECOND)),
+            Decision::Perform(Action::InspectCheckpoint(1)),
+            "from {step:?}"
+        );
+        assert_eq!(update.sessions[0].state, SessionState::Resumed);
+    }
+}
+
+#[test]
+fn before_the_host_has_rebooted_a_kept_session_is_not_tried_and_nobody_is_called_lost() {
+    for step in [Step::Settle, Step::Done] {
+        let mut update = update(step);
+        for session in &mut update.sessions {
+            session.state = SessionState::RunsOn;
+        }
+        Update::kept(&mut update.sessions[1], "CheckpointSameBoot", "its VMM ended");
+        let update = resume(update, &host("one"), at(SECOND));
+        assert_eq!(update.step, step);
+        assert_eq!(update.sessions[0].state, SessionState::RunsOn);
+    }
+}

@@ -47,9 +47,10 @@ pub(super) fn rebooted(update: &mut Update, host: &HostFacts, now: Moment) {
     }
 }
 
-/// Sessions that could not be resumed are tried again by an agent that was started anew in the same boot.
+/// Sessions that could not be resumed are tried again by an agent that was started anew in the same boot, whether
+/// others still settle or not. Before the host has rebooted there is nothing to try.
 pub(super) fn try_kept_again(update: &mut Update, host: &HostFacts, now: Moment) {
-    if update.sessions.iter().any(is_tried_again) {
+    if update.after.is_some() && update.sessions.iter().any(is_tried_again) {
         log_on(update, host, now);
     }
 }
