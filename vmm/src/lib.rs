@@ -5,6 +5,7 @@ pub mod boot;
 pub mod check;
 pub mod control;
 pub mod gate;
+pub mod laps;
 pub mod layout;
 pub mod legacy;
 pub mod machine;

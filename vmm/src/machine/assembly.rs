@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
+use std::thread::JoinHandle;
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -53,6 +54,9 @@ pub enum AssemblyError {
     /// A device's PCI function.
     #[error(transparent)]
     Transport(#[from] TransportError),
+    /// The thread that makes the virtual machine.
+    #[error("making the virtual machine on a thread of its own: {0}")]
+    Thread(std::io::Error),
 }
 
 /// What a boot is put together from.
@@ -96,7 +100,8 @@ impl Assembly {
         smbios::write(memory, &parts.identity)?;
         let entry = linux::load(memory, parts.ram.size(), payload, rsdp)?;
 
-        let Machine { vm, board, vcpus } = Machine::wire(parts)?;
+        let chassis = Chassis::new(parts.kvm, parts.ram, parts.cpus)?;
+        let Machine { vm, board, vcpus } = Machine::wire(parts, chassis)?;
         for (id, vcpu) in (0..parts.cpus).zip(&vcpus) {
             let cpuid = cpuid::for_vcpu(parts.cpuid, id, parts.cpus)?;
             vcpu::set_up(vcpu, id, &cpuid, (id == 0).then_some(entry))?;
@@ -118,11 +123,11 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Wires the parts; RAM is used as it is.
-    pub fn wire(parts: &Parts<'_>) -> Result<Machine, AssemblyError> {
+    /// Wires the parts to `chassis`, which was made for the same RAM and number of vCPUs; RAM is used as it is.
+    pub fn wire(parts: &Parts<'_>, chassis: Chassis) -> Result<Machine, AssemblyError> {
         let kvm = |action| move |source| AssemblyError::Kvm { action, source };
         let memory = &parts.ram.memory;
-        let vm = Arc::new(create_vm(parts)?);
+        let Chassis { vm, vcpus } = chassis;
         let router = Router::new(vm.clone()).map_err(kvm("routing interrupts"))?;
         let board = Board::new(
             vm.clone(),
@@ -140,18 +145,66 @@ impl Machine {
                 .insert(*slot, Box::new(transport));
         }
         let board = Arc::new(board);
-        let mut vcpus = Vec::new();
-        for id in 0..parts.cpus {
-            vcpus.push(vm.create_vcpu(u64::from(id)).map_err(kvm("creating a vCPU"))?);
-        }
         Ok(Machine { vm, board, vcpus })
     }
 }
 
-fn create_vm(parts: &Parts<'_>) -> Result<VmFd, AssemblyError> {
+/// A KVM virtual machine with RAM, interrupt controllers and vCPUs, and nothing else yet. To make one takes
+/// milliseconds in which the kernel waits for its readers; a resume spends them on its checkpoint.
+pub struct Chassis {
+    vm: Arc<VmFd>,
+    vcpus: Vec<VcpuFd>,
+}
+
+impl Chassis {
+    /// A chassis for `ram`, whatever that holds by then.
+    pub fn new(kvm: &Kvm, ram: &GuestRam, cpus: u8) -> Result<Chassis, AssemblyError> {
+        let vm = Arc::new(create_vm(kvm, ram)?);
+        let mut vcpus = Vec::new();
+        for id in 0..cpus {
+            vcpus.push(
+                vm.create_vcpu(u64::from(id))
+                    .map_err(|source| AssemblyError::Kvm {
+                        action: "creating a vCPU",
+                        source,
+                    })?,
+            );
+        }
+        Ok(Chassis { vm, vcpus })
+    }
+
+    /// Makes one on a thread of its own.
+    pub fn begin(ram: Arc<GuestRam>, cpus: u8) -> Result<ChassisUnderway, AssemblyError> {
+        let make = move || {
+            let kvm = Kvm::new().map_err(|source| AssemblyError::Kvm {
+                action: "opening /dev/kvm",
+                source,
+            })?;
+            Chassis::new(&kvm, &ram, cpus)
+        };
+        std::thread::Builder::new()
+            .name("chassis".to_owned())
+            .spawn(make)
+            .map(ChassisUnderway)
+            .map_err(AssemblyError::Thread)
+    }
+}
+
+/// A [`Chassis`] that is being made.
+pub struct ChassisUnderway(JoinHandle<Result<Chassis, AssemblyError>>);
+
+impl ChassisUnderway {
+    /// Waits for it.
+    pub fn wait(self) -> Result<Chassis, AssemblyError> {
+        self.0
+            .join()
+            .unwrap_or_else(|_| Err(AssemblyError::Thread(std::io::Error::other("it panicked"))))
+    }
+}
+
+fn create_vm(kvm_device: &Kvm, ram: &GuestRam) -> Result<VmFd, AssemblyError> {
     let kvm = |action| move |source| AssemblyError::Kvm { action, source };
-    let vm = parts
-        .kvm
+    let vm = kvm_device
         .create_vm()
         .map_err(kvm("creating the virtual machine"))?;
     vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
@@ -165,7 +218,7 @@ fn create_vm(parts: &Parts<'_>) -> Result<VmFd, AssemblyError> {
         ..Default::default()
     })
     .map_err(kvm("creating the timer"))?;
-    for slot in slots::of(parts.ram) {
+    for slot in slots::of(ram) {
         slots::set(&vm, &slot, 0).map_err(kvm("giving RAM to the guest"))?;
     }
     Ok(vm)

@@ -144,6 +144,16 @@ impl DirtyLog {
     /// Adds to `set` what was written since the last call, by vCPUs and by devices. What is collected is
     /// gone from the log: a caller that fails to write it must keep it for the next round.
     pub fn collect(&self, ram: &GuestRam, set: &mut PageSet) -> Result<(), DirtyLogError> {
+        self.read(ram, set, self.manual)
+    }
+
+    /// As [`DirtyLog::collect`], of a guest that does not run and will not be asked again: nothing is cleared, which
+    /// would cost time that the guest waits for.
+    pub fn collect_last(&self, ram: &GuestRam, set: &mut PageSet) -> Result<(), DirtyLogError> {
+        self.read(ram, set, false)
+    }
+
+    fn read(&self, ram: &GuestRam, set: &mut PageSet, clear: bool) -> Result<(), DirtyLogError> {
         for slot in &self.ram {
             let words = self
                 .vm
@@ -151,7 +161,7 @@ impl DirtyLog {
                 .map_err(failed("reading KVM's log of written pages"))?;
             // Joined before it is cleared: what is written in between is either in `words` or stays logged.
             set.join_words(slot.offset / PAGE, &words);
-            if self.manual {
+            if clear {
                 self.clear(slot, &words)
                     .map_err(failed("clearing KVM's log of written pages"))?;
             }

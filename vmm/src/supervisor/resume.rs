@@ -21,7 +21,7 @@ use super::session::{Compatibility, SessionState};
 use super::{Inner, StartError, Supervisor};
 use crate::block::{Disk, DiskError};
 use crate::boot::smbios::Identity as Smbios;
-use crate::machine::assembly::{Assembly, AssemblyError, Machine, Parts};
+use crate::machine::assembly::{Assembly, AssemblyError, Chassis, ChassisUnderway, Machine, Parts};
 use crate::machine::board::Event;
 use crate::machine::cpuid::{self, CpuidError};
 use crate::machine::platform::PlatformError;
@@ -108,12 +108,15 @@ impl Supervisor {
             machine_id: resume.machine_id.clone(),
             host_boot_id: resume.host_boot_id.clone(),
         };
+        let cpus = config.cpus;
+        let (supervisor, events) = Supervisor::new(config).map_err(refuse_start)?;
+        // What KVM waits for goes by while the checkpoint is read.
+        let chassis = Chassis::begin(supervisor.lock().ram.clone(), cpus).map_err(refuse_assembly)?;
         let reader = Reader::open(&resume.directory, &key, &identity)?;
         drop(key);
-        check_configuration(&config, reader.manifest())?;
+        check_configuration(&supervisor.config, reader.manifest())?;
         let state = SessionState::from_bytes(reader.state())?;
-        let (supervisor, events) = Supervisor::new(config).map_err(refuse_start)?;
-        supervisor.restore(Arc::new(reader), &state, userfault, started)?;
+        supervisor.restore(Arc::new(reader), &state, userfault, chassis, started)?;
         Ok((supervisor, events))
     }
 
@@ -122,6 +125,7 @@ impl Supervisor {
         reader: Arc<Reader>,
         state: &SessionState,
         userfault: Userfault,
+        chassis: ChassisUnderway,
         started: Instant,
     ) -> Result<(), ResumeError> {
         let mut guard = self.lock();
@@ -155,6 +159,7 @@ impl Supervisor {
                 events: &self.events,
                 boot: inner.boots,
             },
+            chassis.wait().map_err(refuse_assembly)?,
             state,
         )?;
 
@@ -319,6 +324,10 @@ fn refuse_start(error: StartError) -> ResumeError {
     }
 }
 
+fn refuse_assembly(error: AssemblyError) -> ResumeError {
+    ResumeError::Start(error.into())
+}
+
 fn refuse_devices(error: DevicesError) -> ResumeError {
     match error {
         DevicesError::Disk {
@@ -331,9 +340,8 @@ fn refuse_devices(error: DevicesError) -> ResumeError {
 
 /// The machine with the state of the session; its vCPUs are paused. The order is that of
 /// [`vcpu_state`] and [`vm_state`].
-fn assemble(parts: &Parts<'_>, state: &SessionState) -> Result<Assembly, ResumeError> {
-    let start = |error: AssemblyError| ResumeError::Start(error.into());
-    let Machine { vm, board, vcpus } = Machine::wire(parts).map_err(start)?;
+fn assemble(parts: &Parts<'_>, chassis: Chassis, state: &SessionState) -> Result<Assembly, ResumeError> {
+    let Machine { vm, board, vcpus } = Machine::wire(parts, chassis).map_err(refuse_assembly)?;
     if vcpus.len() != state.vcpus.len() {
         return Err(incompatible(format!(
             "the session has the state of {} vCPUs",
@@ -347,6 +355,6 @@ fn assemble(parts: &Parts<'_>, state: &SessionState) -> Result<Assembly, ResumeE
     }
     vm_state::restore(&vm, &state.chipset).map_err(incompatible)?;
     board.restore(&state.board).map_err(incompatible)?;
-    let vcpus = Vcpus::start(vcpus, &board).map_err(|error| start(error.into()))?;
+    let vcpus = Vcpus::start(vcpus, &board).map_err(|error| refuse_assembly(error.into()))?;
     Ok(Assembly { vcpus, vm, board })
 }

@@ -24,6 +24,7 @@ use super::save_job::{Failure, Job, Stop};
 use super::session::{Compatibility, SessionState, ram_ranges, saved_disk};
 use super::{Inner, Supervisor};
 use crate::block::Disk;
+use crate::laps::Laps;
 use crate::machine::dirty::{DirtyLog, PageSet};
 
 /// Longest lease of a saved guest.
@@ -256,8 +257,10 @@ impl Supervisor {
             .cloned()
             .collect();
         let start = Instant::now();
-        let result = self.write_paused(job, &inner, writer, &source, left);
+        let mut laps = Laps::begun_at(start);
+        let result = self.write_paused(job, &inner, writer, &source, left, &mut laps);
         let pause = start.elapsed();
+        tracing::info!("stages of the pause, in us: {laps}");
         let result = match result {
             Ok(checkpoint) => {
                 self.hold_saved(&mut inner, job, checkpoint, merging, pause);
@@ -284,11 +287,13 @@ impl Supervisor {
         writer: Writer,
         source: &Source,
         mut left: PageSet,
+        laps: &mut Laps,
     ) -> Result<Saved, Failure> {
         let (Some(assembly), Some(devices)) = (&inner.assembly, &inner.devices) else {
             return Err(Failure::Overtaken("the guest has stopped".to_owned()));
         };
         assembly.vcpus.pause();
+        laps.lap("vCPUs");
         job.check()?;
         if assembly.vcpus.any_ended() || assembly.board.has_asked() {
             // It is not lost: the main loop carries it out once this lock is free.
@@ -299,16 +304,23 @@ impl Supervisor {
         devices.stop_merges();
         assembly.board.suspend()?;
         self.console.write_out();
+        laps.lap("devices");
         flush(&source.disks)?;
-        source.log.collect(&source.ram, &mut left)?;
+        laps.lap("disks");
+        source.log.collect_last(&source.ram, &mut left)?;
+        laps.lap("log");
         let chunks = left.chunks(CHUNK as u64);
         job.update(|info| info.remaining_bytes = (chunks.len() * CHUNK) as u64);
         let state =
             SessionState::capture(&inner.kvm, &assembly.vm, assembly, inner.kernel.clone())?.to_bytes()?;
+        laps.lap("state");
         writer.begin_round();
         write(&writer, &runs(&chunks), &source.ram, || job.check())?;
+        laps.lap("memory");
         let description = self.description(inner, source)?;
-        Ok(writer.finish(&state, description)?)
+        let saved = writer.finish(&state, description)?;
+        laps.lap("checkpoint");
+        Ok(saved)
     }
 
     fn description(&self, inner: &Inner, source: &Source) -> Result<Description, Failure> {
