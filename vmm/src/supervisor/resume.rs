@@ -21,6 +21,7 @@ use super::session::{Compatibility, SessionState};
 use super::{Inner, StartError, Supervisor};
 use crate::block::{Disk, DiskError};
 use crate::boot::smbios::Identity as Smbios;
+use crate::laps::Laps;
 use crate::machine::assembly::{Assembly, AssemblyError, Chassis, ChassisUnderway, Machine, Parts};
 use crate::machine::board::Event;
 use crate::machine::cpuid::{self, CpuidError};
@@ -82,6 +83,14 @@ impl Resumed {
     }
 }
 
+/// What a guest is resumed from, and with.
+struct Source {
+    reader: Arc<Reader>,
+    state: SessionState,
+    userfault: Userfault,
+    chassis: ChassisUnderway,
+}
+
 fn refuse(refusal: Refusal, message: impl Into<String>) -> ResumeError {
     ResumeError::Refused(RefusedCheckpoint::new(refusal, message))
 }
@@ -99,6 +108,8 @@ impl Supervisor {
         userfault: Result<Userfault, UserfaultError>,
         started: Instant,
     ) -> Result<(Arc<Supervisor>, Receiver<Event>), ResumeError> {
+        let mut laps = Laps::begun_at(started);
+        laps.lap("process");
         let userfault = userfault.map_err(incompatible)?;
         let key =
             Key::read(&resume.key).map_err(|error| refuse(Refusal::CheckpointKey, error.to_string()))?;
@@ -110,24 +121,32 @@ impl Supervisor {
         };
         let cpus = config.cpus;
         let (supervisor, events) = Supervisor::new(config).map_err(refuse_start)?;
+        laps.lap("supervisor");
         // What KVM waits for goes by while the checkpoint is read.
         let chassis = Chassis::begin(supervisor.lock().ram.clone(), cpus).map_err(refuse_assembly)?;
         let reader = Reader::open(&resume.directory, &key, &identity)?;
         drop(key);
         check_configuration(&supervisor.config, reader.manifest())?;
         let state = SessionState::from_bytes(reader.state())?;
-        supervisor.restore(Arc::new(reader), &state, userfault, chassis, started)?;
+        laps.lap("checkpoint");
+        let source = Source {
+            reader: Arc::new(reader),
+            state,
+            userfault,
+            chassis,
+        };
+        supervisor.restore(source, started, &mut laps)?;
+        tracing::info!("stages of the resume, in us: {laps}");
         Ok((supervisor, events))
     }
 
-    fn restore(
-        &self,
-        reader: Arc<Reader>,
-        state: &SessionState,
-        userfault: Userfault,
-        chassis: ChassisUnderway,
-        started: Instant,
-    ) -> Result<(), ResumeError> {
+    fn restore(&self, source: Source, started: Instant, laps: &mut Laps) -> Result<(), ResumeError> {
+        let Source {
+            reader,
+            state,
+            userfault,
+            chassis,
+        } = source;
         let mut guard = self.lock();
         let inner = &mut *guard;
         let manifest = reader.manifest();
@@ -141,8 +160,12 @@ impl Supervisor {
             Some(&manifest.disks),
         )
         .map_err(refuse_devices)?;
+        laps.lap("devices");
         inner.boots = 1;
         let memory = self.fill_lazily(inner, &reader, userfault)?;
+        laps.lap("memory");
+        let chassis = chassis.wait().map_err(refuse_assembly)?;
+        laps.lap("chassis");
         let assembly = assemble(
             &Parts {
                 kvm: &inner.kvm,
@@ -159,11 +182,13 @@ impl Supervisor {
                 events: &self.events,
                 boot: inner.boots,
             },
-            chassis.wait().map_err(refuse_assembly)?,
-            state,
+            chassis,
+            &state,
         )?;
+        laps.lap("state");
 
         reader.mark_consumed()?;
+        laps.lap("consumed");
         let late = |error: &dyn std::fmt::Display| ResumeError::Late(error.to_string());
         vm_state::restore_clock(&assembly.vm, &state.chipset).map_err(|error| late(&error))?;
         assembly.board.resume().map_err(|error| late(&error))?;
@@ -172,6 +197,7 @@ impl Supervisor {
         inner.state = VmState::Running;
         let start_us = started.elapsed().as_micros() as u64;
         assembly.vcpus.resume();
+        laps.lap("board");
         tracing::info!(
             checkpoint = %manifest.checkpoint,
             start_us,

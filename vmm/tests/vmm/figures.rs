@@ -35,7 +35,7 @@ fn figures_of_saving_and_resuming() {
         "\n{:>8} {:>10} {:>10} {:>12} {:>12} {:>12} {:>12}",
         "RAM MiB", "pause ms", "save ms", "save MiB/s", "dd MiB/s", "resume ms", "all back ms"
     );
-    let mut found = Vec::new();
+    let (mut found, mut details) = (Vec::new(), Vec::new());
     for mib in [256u64, 2048] {
         let guest = Guest::with_kernel(payload::code());
         let mut config = guest.config(1, "Active", &format!("i{mib:x}"));
@@ -51,6 +51,7 @@ fn figures_of_saving_and_resuming() {
             let begun = Instant::now();
             let info = saved(&vmm, &request);
             let save = begun.elapsed().as_secs_f64();
+            let pause = stages(&vmm.stderr());
             add(&mut pauses, info.pause_us.unwrap() as f64 / 1e3);
             add(&mut saves, save * 1e3);
             add(&mut rates, (info.written_bytes >> 20) as f64 / save);
@@ -64,6 +65,9 @@ fn figures_of_saving_and_resuming() {
             });
             add(&mut backs, begun.elapsed().as_secs_f64() * 1e3);
             vmm.makes_progress();
+            if cycle + 1 == CYCLES {
+                details.push(format!("{mib} MiB: {pause}; {}", stages(&vmm.stderr())));
+            }
             fs::remove_dir_all(&request.directory).unwrap();
         }
         drop(vmm);
@@ -75,6 +79,7 @@ fn figures_of_saving_and_resuming() {
         );
         found.push((pause, rate / plain, start));
     }
+    println!("\n{}", details.join("\n"));
     let [(small, ..), (large, ..)] = found[..] else {
         return;
     };
@@ -91,6 +96,12 @@ fn figures_of_saving_and_resuming() {
             reached(*start <= START)
         );
     }
+}
+
+/// What a VMM says last of the stages of something.
+fn stages(log: &str) -> String {
+    let said = log.lines().rev().find_map(|line| line.split_once("stages of "));
+    said.map_or_else(String::new, |(_, stages)| stages.to_owned())
 }
 
 /// MiB a second that `dd` writes to the same file system past the page cache.
