@@ -33,7 +33,7 @@ images: build ## Build the guest and node images where they are outdated
 check: setup ## Formatting, lints, shell scripts, unit tests
 	@$(TIMED) format cargo fmt --all --check
 	$(TIMED) clippy cargo clippy --workspace --all-targets -- -D warnings
-	$(TIMED) shellcheck shellcheck -x tests/bed/*.sh tests/bed/qemu/*.sh .ci/run
+	$(TIMED) shellcheck shellcheck -x tests/bed/*.sh tests/bed/qemu/*.sh tests/bed/kubernetes/*.sh .ci/run
 	$(TIMED) unit-tests cargo test --workspace
 
 test: setup ## Everything: check, then the end-to-end tests on a node VM
