@@ -1,8 +1,11 @@
 //! The control plane itself: what other tests rely on.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 
+use understudy_tests::bed::wait_until;
 use understudy_tests::cluster::Context;
 use understudy_tests::control_plane::{ControlPlane, Options, is_up};
 
@@ -31,7 +34,14 @@ pub fn a_token_names_the_node_of_its_pod(context: &Context) -> Result<()> {
     ensure!(free["extra"][node].is_null(), "{free}");
     // It ends with its Pod, as the agent's does.
     context.kubectl(&["delete", "pod", "agent-node-a", "--grace-period=0", "--force"])?;
-    ensure!(claims(&bound).is_err(), "the token outlives its Pod");
+    // The API server believes for ten seconds what it has found once.
+    wait_until(
+        "the token to end with its Pod",
+        Duration::from_secs(60),
+        Duration::from_millis(500),
+        || Ok(claims(&bound).is_err().then_some(())),
+    )?;
+    claims(&plane.token(&context.namespace, "agent")?)?;
     Ok(())
 }
 

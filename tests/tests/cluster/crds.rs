@@ -277,17 +277,14 @@ fn collect(schema: &Value, path: &str, found: &mut Vec<(String, Vec<String>)>) {
     }
 }
 
-/// A field is a line `  name<TAB><type>`, and what is said of it are the indented lines that follow.
+/// A field is a line `  name<TAB><type>`; its values may follow, and then, indented, what is said of it.
 fn is_described(text: &str, field: &str) -> bool {
-    let mut lines = text.lines();
-    let found = lines.any(|line| {
-        line.strip_prefix("  ")
-            .and_then(|line| line.split_once('\t'))
-            .is_some_and(|(name, _)| name == field)
+    let mut lines = text.lines().skip_while(|line| {
+        let name = line.strip_prefix("  ").and_then(|line| line.split_once('\t'));
+        name.is_none_or(|(name, _)| name != field)
     });
-    let said = lines
-        .take_while(|line| line.starts_with("    "))
-        .map(str::trim)
-        .find(|line| !line.is_empty() && !line.starts_with("enum:") && !line.starts_with("Possible enum"));
-    found && said.is_some_and(|said| said != "<no description>")
+    lines.next();
+    let said = lines.find(|line| !line.starts_with("  enum:"));
+    said.and_then(|line| line.strip_prefix("    "))
+        .is_some_and(|said| !said.trim().is_empty() && said.trim() != "<no description>")
 }

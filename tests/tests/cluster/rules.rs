@@ -93,18 +93,20 @@ fn mutations(base: &Value) -> Vec<Mutation> {
         pointer: "/metadata/name".to_owned(),
         value: Some(json!("a".repeat(64))),
     }];
+    // Last: where a field has a default, the server fills in what was removed.
+    let mut removals = Vec::new();
     for part in ["/spec", "/status"] {
         let mut fields = Vec::new();
         pointers(base.pointer(part).unwrap_or(&Value::Null), part, &mut fields);
         for (pointer, value) in fields {
-            all.push(Mutation {
+            removals.push(Mutation {
                 pointer: pointer.clone(),
                 value: None,
             });
             let others: Vec<Value> = match value {
                 Value::String(_) => TEXTS.iter().map(|text| json!(text)).collect(),
                 Value::Bool(set) => vec![json!(!set)],
-                Value::Array(items) => vec![json!([]), items.iter().chain(items).cloned().collect()],
+                Value::Array(items) => vec![json!([]), items.iter().chain(&items).cloned().collect()],
                 Value::Object(_) => vec![
                     json!({}),
                     json!({"fromDisk": {}, "cmdline": "quiet"}),
@@ -118,6 +120,7 @@ fn mutations(base: &Value) -> Vec<Mutation> {
             }));
         }
     }
+    all.append(&mut removals);
     all
 }
 
