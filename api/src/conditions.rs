@@ -20,6 +20,12 @@ pub mod types {
     pub const AGENT_CONNECTED: &str = "AgentConnected";
     /// The guest says that a newer kernel or library waits for a reboot.
     pub const REBOOT_REQUIRED: &str = "RebootRequired";
+    /// The operator has assigned it to a node, or says why it cannot.
+    pub const ACCEPTED: &str = "Accepted";
+    /// The node's agent lives.
+    pub const AGENT_AVAILABLE: &str = "AgentAvailable";
+    /// Nothing of a deleted guest is left on its node, but for disks that are kept.
+    pub const RELEASED: &str = "Released";
     /// A reboot that the host begins would wait until all sessions are saved.
     pub const SESSIONS_SAFE: &str = "SessionsSafe";
 }
@@ -90,6 +96,22 @@ pub mod reasons {
     pub const HOST_WENT_DOWN: &str = "HostWentDown";
     /// The host has called off the reboot that it had begun.
     pub const REBOOT_CALLED_OFF: &str = "RebootCalledOff";
+    /// It was assigned to a node.
+    pub const ASSIGNED: &str = "Assigned";
+    /// A Guest in a cluster names its node in `spec.nodeName`.
+    pub const NODE_REQUIRED: &str = "NodeRequired";
+    /// No Node of that name.
+    pub const NODE_NOT_FOUND: &str = "NodeNotFound";
+    /// A node of that name is there, and it is another one than before.
+    pub const NODE_REPLACED: &str = "NodeReplaced";
+    /// The node's agent lives.
+    pub const AGENT_LIVES: &str = "AgentLives";
+    /// No agent has ever spoken from the node.
+    pub const NO_AGENT: &str = "NoAgent";
+    /// The node's agent has not spoken for some time.
+    pub const AGENT_SILENT: &str = "AgentSilent";
+    /// The Guest is not assigned to a node.
+    pub const GUEST_NOT_ASSIGNED: &str = "GuestNotAssigned";
     /// No new pass is begun while `paused` is true.
     pub const PAUSED: &str = "Paused";
 }

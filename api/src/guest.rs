@@ -22,6 +22,7 @@ use crate::never_observed;
     namespaced,
     status = "GuestStatus",
     derive = "PartialEq",
+    selectable = ".status.nodeName",
     doc = "A virtual machine whose disks are files on a node. It is rebooted without interruption by a SeamlessReboot.",
     printcolumn = r#"{"name":"Phase","type":"string","jsonPath":".status.phase","description":"What the guest does now"}"#,
     printcolumn = r#"{"name":"Ready","type":"string","jsonPath":".status.conditions[?(@.type==\"Ready\")].status","description":"Whether the guest runs as declared"}"#,
@@ -202,6 +203,9 @@ pub struct GuestStatus {
     /// Node whose agent runs the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node_name: Option<String>,
+    /// UID of that Node, in a cluster; a node of the same name with another UID is another node.
+    #[serde(default, rename = "nodeUID", skip_serializing_if = "Option::is_none")]
+    pub node_uid: Option<String>,
     /// Which life of the guest this is: grows by one at every cutover and cold boot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub incarnation: Option<i64>,
@@ -226,7 +230,8 @@ pub struct GuestStatus {
     /// The guest's last request to be rebooted, and what became of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reboot_request: Option<RebootRequest>,
-    /// `Ready`, `Reconciling` and `Stalled` (as kstatus reads them), `AgentConnected`, `RebootRequired`.
+    /// `Ready`, `Reconciling` and `Stalled` (as kstatus reads them), `AgentConnected`, `RebootRequired`; in a cluster
+    /// `Accepted`, `AgentAvailable`, and `Released` once nothing of a deleted guest is left on its node.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
 }
@@ -237,6 +242,7 @@ impl Default for GuestStatus {
             observed_generation: never_observed(),
             phase: None,
             node_name: None,
+            node_uid: None,
             incarnation: None,
             boot_id: None,
             kernel_release: None,

@@ -34,6 +34,9 @@ pub struct HostStatus {
     /// Generation of the spec that this status was written for; -1: none yet.
     #[serde(default = "never_observed")]
     pub observed_generation: i64,
+    /// UID of the Node, in a cluster.
+    #[serde(default, rename = "nodeUID", skip_serializing_if = "Option::is_none")]
+    pub node_uid: Option<String>,
     /// `/etc/machine-id`: checkpoints are bound to it.
     #[serde(default, rename = "machineID", skip_serializing_if = "Option::is_none")]
     pub machine_id: Option<String>,
@@ -79,6 +82,7 @@ impl Default for HostStatus {
     fn default() -> HostStatus {
         HostStatus {
             observed_generation: never_observed(),
+            node_uid: None,
             machine_id: None,
             boot_id: None,
             kernel_release: None,

@@ -99,6 +99,9 @@ pub struct NodeUpdateStatus {
     /// Generation of the spec that this status was written for; -1: none yet.
     #[serde(default = "never_observed")]
     pub observed_generation: i64,
+    /// UID of the Node, in a cluster; a node of the same name with another UID is another node.
+    #[serde(default, rename = "nodeUID", skip_serializing_if = "Option::is_none")]
+    pub node_uid: Option<String>,
     /// How far it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<NodeUpdatePhase>,
@@ -126,6 +129,7 @@ impl Default for NodeUpdateStatus {
     fn default() -> NodeUpdateStatus {
         NodeUpdateStatus {
             observed_generation: never_observed(),
+            node_uid: None,
             phase: None,
             reason: None,
             message: None,

@@ -24,6 +24,7 @@ use crate::phase::Phase;
     namespaced,
     status = "SeamlessRebootStatus",
     derive = "PartialEq",
+    selectable = ".status.nodeName",
     doc = "One reboot of one Guest without interruption: a clone reboots in the background, then takes the guest's place. Runs once, like a Job.",
     printcolumn = r#"{"name":"Guest","type":"string","jsonPath":".spec.guestName"}"#,
     printcolumn = r#"{"name":"Phase","type":"string","jsonPath":".status.phase","description":"How far the reboot is"}"#,
@@ -190,6 +191,12 @@ pub struct SeamlessRebootStatus {
     /// Generation of the spec that this status was written for; -1: none yet.
     #[serde(default = "never_observed")]
     pub observed_generation: i64,
+    /// Node whose agent runs the reboot: that of its Guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node_name: Option<String>,
+    /// UID of that Node, in a cluster; a node of the same name with another UID is another node.
+    #[serde(default, rename = "nodeUID", skip_serializing_if = "Option::is_none")]
+    pub node_uid: Option<String>,
     /// How far it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<Phase>,
@@ -208,7 +215,8 @@ pub struct SeamlessRebootStatus {
     /// What was found, done and measured; grows as the reboot proceeds.
     #[serde(default, rename = "result", skip_serializing_if = "Option::is_none")]
     pub result: Option<RebootResult>,
-    /// `Ready`, `Reconciling` and `Stalled` (as kstatus reads them), `Complete` and `Failed` (as Jobs have).
+    /// `Ready`, `Reconciling` and `Stalled` (as kstatus reads them), `Complete` and `Failed` (as Jobs have); in a
+    /// cluster `Accepted` and `AgentAvailable`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
 }
@@ -217,6 +225,8 @@ impl Default for SeamlessRebootStatus {
     fn default() -> SeamlessRebootStatus {
         SeamlessRebootStatus {
             observed_generation: never_observed(),
+            node_name: None,
+            node_uid: None,
             phase: None,
             reason: None,
             message: None,
