@@ -6,6 +6,8 @@
 
 #[path = "cluster/chart_access.rs"]
 mod chart_access;
+#[path = "cluster/chart_audit.rs"]
+mod chart_audit;
 #[path = "cluster/chart_render.rs"]
 mod chart_render;
 #[path = "cluster/chart_rights.rs"]

@@ -11,7 +11,8 @@ use crate::chart_access::{Identity, Outcome, Request};
 /// Where the chart is installed.
 pub const NAMESPACE: &str = "understudy";
 
-type Right = (String, String, String);
+/// Group, resource and verb, as RBAC names them.
+pub type Right = (String, String, String);
 
 /// A client with this token and no other credentials.
 fn client_with(admin: &Config, token: String) -> Client {
@@ -252,7 +253,7 @@ fn what_the_policy_refuses_whatever_the_role() -> Vec<(Request, &'static str)> {
 }
 
 /// Rights that a role gives.
-async fn rights(admin: &Client, path: &str) -> BTreeSet<Right> {
+pub async fn rights(admin: &Client, path: &str) -> BTreeSet<Right> {
     let request = http::Request::get(path).body(Vec::new()).unwrap();
     let role: Value = admin.request(request).await.unwrap();
     let words = |list: &Value| -> Vec<String> {
