@@ -26,22 +26,23 @@ pub fn build(image: Image, folder: &Path, epoch: Timestamp) -> Result<Vec<u8>, E
         let path = folder.join(name);
         let content = read(&path)?;
         elf::check_static(&content).map_err(|what| Error::NotStatic { path, what })?;
-        append(&mut tar, EntryType::Regular, name, &content, epoch).map_err(written)?;
+        append(&mut tar, EntryType::Regular, 0o755, name, &content, epoch).map_err(written)?;
     }
     tar.into_inner().map_err(written)
 }
 
-/// Appends one entry: root's, executable, dated `epoch`.
+/// Appends one entry: root's, dated `epoch`.
 pub fn append(
     tar: &mut Builder<Vec<u8>>,
     kind: EntryType,
+    mode: u32,
     path: &str,
     content: &[u8],
     epoch: Timestamp,
 ) -> io::Result<()> {
     let mut header = Header::new_ustar();
     header.set_entry_type(kind);
-    header.set_mode(0o755);
+    header.set_mode(mode);
     header.set_uid(0);
     header.set_gid(0);
     // The type has no time before 1970; the command line has none either.

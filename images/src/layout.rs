@@ -133,6 +133,7 @@ impl Layout {
         append(
             &mut tar,
             EntryType::Regular,
+            0o644,
             "oci-layout",
             &json(&marker)?,
             self.epoch,
@@ -141,17 +142,18 @@ impl Layout {
         append(
             &mut tar,
             EntryType::Regular,
+            0o644,
             "index.json",
             &json(&index)?,
             self.epoch,
         )
         .map_err(written)?;
         for directory in ["blobs/", "blobs/sha256/"] {
-            append(&mut tar, EntryType::Directory, directory, &[], self.epoch).map_err(written)?;
+            append(&mut tar, EntryType::Directory, 0o755, directory, &[], self.epoch).map_err(written)?;
         }
         for (digest, content) in &self.blobs {
             let path = format!("blobs/sha256/{digest}");
-            append(&mut tar, EntryType::Regular, &path, content, self.epoch).map_err(written)?;
+            append(&mut tar, EntryType::Regular, 0o644, &path, content, self.epoch).map_err(written)?;
         }
         tar.into_inner().map_err(written)
     }

@@ -88,8 +88,11 @@ fn find<'a>(documents: &'a [Value], kind: &str, name: &str) -> Option<&'a Value>
 
 const MONITORS: [&str; 2] = ["servicemonitors", "podmonitors"];
 
+/// Kind and name of an object.
+type Named = (&'static str, &'static str);
+
 /// Values, and what is there because of them.
-const VARIANTS: [(&[&str], &[(&str, &str)]); 8] = [
+const VARIANTS: [(&[&str], &[Named]); 8] = [
     (
         &[],
         &[
