@@ -16,7 +16,7 @@ BIN := target/$(CARGO_BUILD_TARGET)/debug
 BED := $(BIN)/understudy-bed
 TIMED := tests/bed/timed.sh
 
-.PHONY: help setup build images image chart check test e2e node-up node-down node-ssh guest-check demo demo-host bench clean
+.PHONY: help setup build images image programs chart check test cluster e2e cluster-up cluster-down node-up node-down node-ssh guest-check demo demo-host bench clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,21 +40,30 @@ image: setup ## Build the container images of operator and agent, without a cont
 chart: setup ## Write what is generated in the chart: CRDs, schema and table of values
 	@$(TIMED) chart cargo run --quiet -p understudy-tests --bin understudy-chartgen
 
+programs: setup ## Build the programs of a Kubernetes cluster where they are outdated
+	@$(TIMED) programs tests/bed/kubernetes/build.sh
+
 check: setup ## Formatting, lints, shell scripts, unit tests
 	@$(TIMED) format cargo fmt --all --check
 	$(TIMED) clippy cargo clippy --workspace --all-targets -- -D warnings
-	$(TIMED) shellcheck shellcheck -x tests/bed/*.sh tests/bed/qemu/*.sh .ci/run
+	$(TIMED) shellcheck shellcheck -x tests/bed/*.sh tests/bed/qemu/*.sh tests/bed/kubernetes/*.sh .ci/run
 	$(TIMED) unit-tests cargo test --workspace
 
-test: setup ## Everything: check, then the end-to-end tests on a node VM
+test: setup ## Everything: check, the tests on a control plane, then the end-to-end tests on a node VM
 	@tests/bed/images.sh qemu node guest-base & # beside the compiler; e2e reports its failure
+	tests/bed/kubernetes/build.sh & # as well; cluster reports its failure
 	$(MAKE) check
+	$(MAKE) cluster
 	$(MAKE) e2e
 
-# These two are built with the tests' dependencies, so that nothing is built a second time that check has built.
+# These are built with the tests' dependencies, so that nothing is built a second time that check has built.
 e2e: setup ## End-to-end tests on the node VM; T=name for one of them
 	@$(TIMED) build-for-tests cargo build --workspace --bins --tests
 	UNDERSTUDY_E2E=1 $(TIMED) end-to-end cargo test --workspace --test e2e -- $(T) $(ARGS)
+
+cluster: setup ## Tests on a real Kubernetes API server; T=name for one of them
+	@$(TIMED) build-for-tests cargo build --workspace --bins --tests
+	UNDERSTUDY_E2E=1 $(TIMED) cluster cargo test --workspace --test cluster -- $(T) $(ARGS)
 
 demo: build ## The main job on real input: a seamless reboot, and an ordinary one beside it
 	@$(BIN)/understudy-demo $(ARGS)
@@ -76,9 +85,15 @@ node-down: ## Shut the node VM down
 node-ssh: ## A shell in the node VM
 	@$(BED) node ssh
 
+cluster-up: build ## Start a Kubernetes control plane with our CRDs where none runs; it prints its KUBECONFIG
+	@$(BED) cluster up
+
+cluster-down: ## Stop the control plane
+	@if [[ -x $(BED) ]]; then $(BED) cluster down; fi
+
 guest-check: images ## Boot the guest image in plain QEMU and ask its services
 	@$(TIMED) guest-check $(BED) guest-check
 
 clean: ## Remove what was built in the checkout
-	@if [[ -x $(BED) ]]; then $(BED) node remove; fi
+	@if [[ -x $(BED) ]]; then $(BED) node remove && $(BED) cluster down; fi
 	cargo clean

@@ -32,6 +32,7 @@ zstd:zstd
 shellcheck:shellcheck
 strip:binutils
 uuidgen:uuid-runtime
+/usr/include/seccomp.h:libseccomp-dev
 /usr/share/keyrings/debian-archive-keyring.gpg:debian-archive-keyring
 /usr/lib/x86_64-linux-gnu/libc.a:libc6-dev
 /etc/ssl/certs/ca-certificates.crt:ca-certificates
@@ -46,6 +47,8 @@ for entry in $NEEDED; do
         PATH="$PATH:/usr/sbin:/sbin" command -v "$what" >/dev/null || missing+=("${entry##*:}")
     fi
 done
+# Any: one that is too old can fetch the one that is needed (lib.sh).
+go_found >/dev/null || missing+=(golang-go)
 
 if ((${#missing[@]})); then
     [[ $(id -u) == 0 ]] || die "packages are missing: ${missing[*]}" \

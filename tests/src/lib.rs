@@ -5,6 +5,8 @@ pub mod bed;
 pub mod bench;
 pub mod chart;
 pub mod client;
+pub mod cluster;
+pub mod control_plane;
 pub mod counter;
 pub mod demo;
 pub mod e2e;

@@ -18,6 +18,7 @@ pub use boot::{End, Firmware};
 pub use guest_check::check_guest;
 pub use images::Images;
 pub use netns::{GATEWAY, NetNs};
+pub(crate) use node::process_mentions;
 pub use node::{Node, NodeOptions, Status};
 pub use qmp::Qmp;
 pub use ssh::{Output, Ssh};

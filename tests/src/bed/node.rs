@@ -500,7 +500,7 @@ impl Node {
 
 /// True when the process lives and its command line names `path`: a pid file alone may be stale,
 /// and its number somebody else's.
-pub(super) fn process_mentions(pid: u32, path: &Path) -> bool {
+pub(crate) fn process_mentions(pid: u32, path: &Path) -> bool {
     let Ok(cmdline) = fs::read(format!("/proc/{pid}/cmdline")) else {
         return false;
     };

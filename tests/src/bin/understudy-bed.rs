@@ -1,4 +1,4 @@
-//! Command line of the test bed: images and node VMs.
+//! Command line of the test bed: images, node VMs and a Kubernetes control plane.
 #![forbid(unsafe_code)]
 
 use std::os::unix::process::CommandExt;
@@ -8,9 +8,10 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
-use understudy_tests::bed::{Images, NODE_BIN, Node, NodeOptions, Stage, Status, check_guest};
+use understudy_tests::bed::{Images, NODE_BIN, Node, NodeOptions, Stage, Status, cache_dir, check_guest};
+use understudy_tests::control_plane::{self, ControlPlane, Options, Programs};
 
-/// Images and node VMs of Understudy's test bed
+/// Images, node VMs and a Kubernetes control plane of Understudy's test bed
 #[derive(Parser)]
 #[command(version)]
 struct Cli {
@@ -38,6 +39,34 @@ enum Command {
         name: String,
         #[command(subcommand)]
         command: NodeCommand,
+    },
+    /// A real Kubernetes control plane
+    Cluster {
+        #[command(subcommand)]
+        command: ClusterCommand,
+    },
+}
+
+#[derive(Subcommand)]
+enum ClusterCommand {
+    /// Start etcd and the API server where they do not run, apply our CRDs; what was stored is there again
+    Up {
+        /// Forget what was stored
+        #[arg(long)]
+        fresh: bool,
+        /// Run kube-controller-manager and kube-scheduler as well
+        #[arg(long)]
+        controllers: bool,
+    },
+    /// Stop it in order; what is stored stays
+    Down,
+    /// Say whether it runs and where its files are
+    Status,
+    /// Run kubectl against it
+    Kubectl {
+        /// kubectl's arguments
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
     },
 }
 
@@ -115,6 +144,53 @@ fn run(cli: Cli) -> Result<()> {
         }
         Command::GuestCheck => check_guest(&Images::build(&bin, &["guest"])?),
         Command::Node { name, command } => node(&Node::named(&name)?, command, &bin),
+        Command::Cluster { command } => cluster(command),
+    }
+}
+
+fn cluster(command: ClusterCommand) -> Result<()> {
+    let dir = cache_dir().join("cluster");
+    let kubeconfig = dir.join("admin.kubeconfig");
+    let up = control_plane::is_up(&dir);
+    match command {
+        ClusterCommand::Up { fresh, controllers } => {
+            let started = Instant::now();
+            if up && !fresh {
+                eprintln!("  cluster: was up");
+                println!("export KUBECONFIG={}", kubeconfig.display());
+                return Ok(());
+            }
+            control_plane::stop(&dir)?;
+            if fresh && dir.exists() {
+                std::fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
+            }
+            let options = Options {
+                controllers,
+                ..Options::default()
+            };
+            let plane = ControlPlane::start(&dir, options)?;
+            plane.apply_crds()?;
+            plane.detach();
+            eprintln!("  cluster: up, {:.1} s", started.elapsed().as_secs_f64());
+            println!("export KUBECONFIG={}", kubeconfig.display());
+            Ok(())
+        }
+        ClusterCommand::Down => control_plane::stop(&dir),
+        ClusterCommand::Status => {
+            println!("{}", if up { "up" } else { "down" });
+            println!("directory   {}", dir.display());
+            println!("kubeconfig  {}", kubeconfig.display());
+            Ok(())
+        }
+        ClusterCommand::Kubectl { arguments } => {
+            if !up {
+                bail!("the cluster is down; 'understudy-bed cluster up' starts it");
+            }
+            let programs = Programs::build(&["kubectl"])?;
+            let mut kubectl = std::process::Command::new(programs.path("kubectl")?);
+            kubectl.env("KUBECONFIG", kubeconfig).args(arguments);
+            Err(kubectl.exec()).context("cannot run kubectl")
+        }
     }
 }
 

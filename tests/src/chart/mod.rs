@@ -1,6 +1,7 @@
 //! What is generated in the chart's folder: the copies of the CRDs (Helm reads nothing outside of it), the values'
 //! schema, and the table of values in its README. Pure functions; `make chart` writes, and a test compares.
 
+pub mod audit;
 pub mod values;
 
 use std::fs;

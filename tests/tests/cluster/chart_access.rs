@@ -1,5 +1,7 @@
 //! One identity before the API server: what it may do, verb by verb.
 
+#![allow(clippy::expect_used, clippy::unwrap_used)] // A failed expectation is a failed test.
+
 use kube::Client;
 use serde_json::{Value, json};
 

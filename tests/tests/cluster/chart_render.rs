@@ -1,5 +1,7 @@
 //! What the chart renders: variants of its values, put before Helm's own checks and the real API server.
 
+#![allow(clippy::expect_used, clippy::unwrap_used)] // A failed expectation is a failed test.
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 

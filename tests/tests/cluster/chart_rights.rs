@@ -1,18 +1,19 @@
 //! What the chart's ServiceAccounts may do: an agent's rights end at its node, and neither agent nor operator has a right
 //! that it does not use. Tokens are bound to Pods on nodes, by TokenRequest, as a kubelet binds them.
 
+#![allow(clippy::expect_used, clippy::unwrap_used)] // A failed expectation is a failed test.
+
 use std::collections::BTreeSet;
 
 use kube::{Client, Config};
 use serde_json::{Value, json};
 
+use understudy_tests::chart::audit::Right;
+
 use crate::chart_access::{Identity, Outcome, Request};
 
 /// Where the chart is installed.
 pub const NAMESPACE: &str = "understudy";
-
-/// Group, resource and verb, as RBAC names them.
-pub type Right = (String, String, String);
 
 /// A client with this token and no other credentials.
 fn client_with(admin: &Config, token: String) -> Client {

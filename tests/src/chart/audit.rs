@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use crate::chart_rights::Right;
+/// Group, resource and verb, as RBAC names them.
+pub type Right = (String, String, String);
 
 /// What a user did.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -43,29 +44,35 @@ pub fn used_by(user: &str, log: &str) -> Used {
     all
 }
 
-#[test]
-fn rights_are_read_from_the_audit_log_of_the_user_alone() {
-    let event = |user: &str, verb: &str, object: &str, decision: &str| {
-        format!(
-            r#"{{"user":{{"username":"{user}"}},"verb":"{verb}","objectRef":{object},"annotations":{{"authorization.k8s.io/decision":"{decision}"}}}}"#
-        )
-    };
-    let status = r#"{"resource":"guests","subresource":"status","apiGroup":"understudy.dev"}"#;
-    let log = [
-        event("operator", "patch", status, "allow"),
-        event("operator", "list", r#"{"resource":"secrets"}"#, "forbid"),
-        event("somebody", "delete", status, "allow"),
-        event("operator", "get", "null", "allow"),
-        r#"{"user":{"username":"oper"#.to_owned(),
-    ]
-    .join("\n");
-    let right =
-        |group: &str, resource: &str, verb: &str| (group.to_owned(), resource.to_owned(), verb.to_owned());
-    assert_eq!(
-        used_by("operator", &log),
-        Used {
-            used: [right("understudy.dev", "guests/status", "patch")].into(),
-            missing: [right("", "secrets", "list")].into(),
-        }
-    );
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rights_are_read_from_the_audit_log_of_the_user_alone() {
+        let event = |user: &str, verb: &str, object: &str, decision: &str| {
+            format!(
+                r#"{{"user":{{"username":"{user}"}},"verb":"{verb}","objectRef":{object},"annotations":{{"authorization.k8s.io/decision":"{decision}"}}}}"#
+            )
+        };
+        let status = r#"{"resource":"guests","subresource":"status","apiGroup":"understudy.dev"}"#;
+        let log = [
+            event("operator", "patch", status, "allow"),
+            event("operator", "list", r#"{"resource":"secrets"}"#, "forbid"),
+            event("somebody", "delete", status, "allow"),
+            event("operator", "get", "null", "allow"),
+            r#"{"user":{"username":"oper"#.to_owned(),
+        ]
+        .join("\n");
+        let right = |group: &str, resource: &str, verb: &str| {
+            (group.to_owned(), resource.to_owned(), verb.to_owned())
+        };
+        assert_eq!(
+            used_by("operator", &log),
+            Used {
+                used: [right("understudy.dev", "guests/status", "patch")].into(),
+                missing: [right("", "secrets", "list")].into(),
+            }
+        );
+    }
 }
