@@ -16,7 +16,7 @@ BIN := target/$(CARGO_BUILD_TARGET)/debug
 BED := $(BIN)/understudy-bed
 TIMED := tests/bed/timed.sh
 
-.PHONY: help setup build images programs check test cluster e2e cluster-up cluster-down node-up node-down node-ssh guest-check demo demo-host bench clean
+.PHONY: help setup build images image programs chart check test cluster e2e cluster-up cluster-down node-up node-down node-ssh guest-check demo demo-host bench clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,16 @@ build: setup ## Build the binaries (static)
 
 images: build ## Build the guest and node images where they are outdated
 	@$(TIMED) images $(BED) images >/dev/null
+
+# Release binaries: what runs on nodes, and small enough to carry.
+image: setup ## Build the container images of operator and agent, without a container engine
+	@$(TIMED) build-release cargo build --release -p understudy -p understudy-node -p understudy-vmm -p understudy-image --bins
+	version=$$(sed -n '/^\[workspace.package\]/,/^\[/s/^version = "\(.*\)"/\1/p' Cargo.toml)
+	target/$(CARGO_BUILD_TARGET)/release/understudy-image --binaries target/$(CARGO_BUILD_TARGET)/release \
+	    --output "target/images/understudy-$$version.tar" $(ARGS)
+
+chart: setup ## Write what is generated in the chart: CRDs, schema and table of values
+	@$(TIMED) chart cargo run --quiet -p understudy-tests --bin understudy-chartgen
 
 programs: setup ## Build the programs of a Kubernetes cluster where they are outdated
 	@$(TIMED) programs tests/bed/kubernetes/build.sh

@@ -3,6 +3,7 @@
 
 pub mod bed;
 pub mod bench;
+pub mod chart;
 pub mod client;
 pub mod cluster;
 pub mod control_plane;

@@ -78,6 +78,7 @@ fn dependencies_point_downwards_only() {
     let allowed: BTreeMap<&str, &[&str]> = BTreeMap::from([
         ("understudy-api", &[][..]),
         ("understudy-channel", &[][..]),
+        ("understudy-image", &[][..]),
         ("understudy-vmm-control", &[][..]),
         ("understudy-checkpoint", &["understudy-vmm-control"][..]),
         (

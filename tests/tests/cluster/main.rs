@@ -4,6 +4,10 @@
 //! Plain `cargo test` shows them as ignored, since they need the programs of a cluster: `UNDERSTUDY_E2E=1` is what
 //! `make` sets.
 
+mod chart;
+mod chart_access;
+mod chart_render;
+mod chart_rights;
 mod control_plane;
 mod crds;
 mod rules;
@@ -50,6 +54,10 @@ const TESTS: &[Test] = &[
     (
         "a_token_names_the_node_of_its_pod",
         control_plane::a_token_names_the_node_of_its_pod,
+    ),
+    (
+        "the_chart_variants_rights_and_uninstalling",
+        chart::variants_rights_and_uninstalling,
     ),
     (
         "an_api_server_that_was_away_has_lost_nothing",
