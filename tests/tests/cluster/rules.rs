@@ -93,7 +93,7 @@ fn mutations(base: &Value) -> Vec<Mutation> {
         pointer: "/metadata/name".to_owned(),
         value: Some(json!("a".repeat(64))),
     }];
-    // Last: where a field has a default, the server fills in what was removed.
+    // Last: where a field has a default, the server fills in what was removed, and nothing has changed.
     let mut removals = Vec::new();
     for part in ["/spec", "/status"] {
         let mut fields = Vec::new();
@@ -103,10 +103,10 @@ fn mutations(base: &Value) -> Vec<Mutation> {
                 pointer: pointer.clone(),
                 value: None,
             });
-            let others: Vec<Value> = match value {
+            let others: Vec<Value> = match &value {
                 Value::String(_) => TEXTS.iter().map(|text| json!(text)).collect(),
                 Value::Bool(set) => vec![json!(!set)],
-                Value::Array(items) => vec![json!([]), items.iter().chain(&items).cloned().collect()],
+                Value::Array(items) => vec![json!([]), items.iter().chain(items).cloned().collect()],
                 Value::Object(_) => vec![
                     json!({}),
                     json!({"fromDisk": {}, "cmdline": "quiet"}),
@@ -114,9 +114,14 @@ fn mutations(base: &Value) -> Vec<Mutation> {
                 ],
                 _ => Vec::new(),
             };
-            all.extend(others.into_iter().map(|value| Mutation {
+            let list = if value.is_object() {
+                &mut removals
+            } else {
+                &mut all
+            };
+            list.extend(others.into_iter().map(|other| Mutation {
                 pointer: pointer.clone(),
-                value: Some(value),
+                value: Some(other),
             }));
         }
     }
