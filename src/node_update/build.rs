@@ -297,7 +297,7 @@ fn over(update: &NodeUpdate, writing: &Writing<'_>) -> Plan {
     let node = writing.place.node.as_ref();
     if is_cordoned_for(node, update) {
         return Plan {
-            is_kept: !update.metadata.deletion_timestamp.is_some()
+            is_kept: update.metadata.deletion_timestamp.is_none()
                 || has_finalizer(&update.metadata, FINALIZER),
             cordon: Some(Cordon::Release),
             // Once the node is seen without the note the rest follows.
