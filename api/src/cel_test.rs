@@ -37,6 +37,9 @@ fn good(kind: Kind) -> Value {
             "metadata": {"name": "kernel"},
             "spec": how_to_update(json!({
                 "nodeSelector": {"matchLabels": {"kubernetes.io/hostname": "node-a"}},
+                "maxUnavailable": "20%", "returnTimeout": "15m",
+                "window": {"timeZone": "Europe/Berlin", "days": ["Friday"], "start": "22:00", "end": "04:00"},
+                "blockers": [{"name": "backups", "pods": {"namespace": "backup", "matchLabels": {"app": "backup"}}}],
             })),
         }),
         Kind::NodeUpdate => json!({
@@ -56,12 +59,14 @@ fn how_to_update(mut spec: Value) -> Value {
     spec["update"] = json!({"command": ["/usr/bin/true", ""], "timeout": "30m"});
     spec["expect"] = json!({"kernelRelease": "6.1.0-50-amd64"});
     spec["reboot"] = json!({"method": "Command", "command": ["/sbin/reboot"], "timeout": "10m"});
+    spec["drain"] = json!({"mode": "Evict", "timeout": "1h"});
     spec["sessions"] = json!({"store": "Disk", "credentialProvider": "file", "timeout": "1h"});
     spec
 }
 
 /// Fields of text that say how a node is updated.
-const HOW_TO_UPDATE: [&str; 7] = [
+const HOW_TO_UPDATE: [&str; 8] = [
+    "/spec/drain/timeout",
     "/spec/update/command/0",
     "/spec/update/timeout",
     "/spec/expect/kernelRelease",
@@ -114,6 +119,9 @@ fn changes(kind: Kind) -> Vec<(&'static str, Value)> {
         "cron",
         "a.mount",
         "6.1.0-50",
+        "22:00",
+        "24:00",
+        "7:00",
         "ü",
     ];
     let pointers: &[&str] = match kind {
@@ -141,7 +149,16 @@ fn changes(kind: Kind) -> Vec<(&'static str, Value)> {
             "/spec/timeouts/rebooting",
             "/spec/timeouts/integrating",
         ],
-        Kind::HostUpdate | Kind::Host => &[],
+        Kind::HostUpdate => &[
+            "/spec/returnTimeout",
+            "/spec/maxUnavailable",
+            "/spec/window/timeZone",
+            "/spec/window/start",
+            "/spec/window/end",
+            "/spec/blockers/0/name",
+            "/spec/blockers/0/pods/namespace",
+        ],
+        Kind::Host => &[],
         Kind::NodeUpdate => &[
             "/spec/nodeName",
             "/spec/reason",
@@ -181,7 +198,14 @@ fn changes(kind: Kind) -> Vec<(&'static str, Value)> {
             ("/spec/expect", json!({"bootedAfter": "2026-11-22T18:00:00Z"})),
             ("/status/phase", json!("Failed")),
         ]),
-        Kind::HostUpdate => {}
+        Kind::HostUpdate => {
+            for value in [json!(0), json!(1), json!(9999), json!(10_000), json!(-1)] {
+                changes.push(("/spec/maxUnavailable", value));
+            }
+            for text in ["0%", "1%", "99%", "100%", "101%", "020%", "%", "1 %", "5"] {
+                changes.push(("/spec/maxUnavailable", json!(text)));
+            }
+        }
         Kind::NodeUpdate => changes.extend([
             ("/spec/origin", json!("Host")),
             ("/status/phase", json!("Failed")),

@@ -26,6 +26,12 @@ pub mod types {
     pub const AGENT_AVAILABLE: &str = "AgentAvailable";
     /// Nothing of a deleted guest is left on its node, but for disks that are kept.
     pub const RELEASED: &str = "Released";
+    /// No new Pods are scheduled to the node of a NodeUpdate.
+    pub const CORDONED: &str = "Cordoned";
+    /// The node's ordinary Pods are gone: its agent may begin the NodeUpdate.
+    pub const DRAINED: &str = "Drained";
+    /// Pods are scheduled to the node again, or it stays as its administrator had left it.
+    pub const UNCORDONED: &str = "Uncordoned";
     /// A reboot that the host begins would wait until all sessions are saved.
     pub const SESSIONS_SAFE: &str = "SessionsSafe";
 }
@@ -112,6 +118,40 @@ pub mod reasons {
     pub const AGENT_SILENT: &str = "AgentSilent";
     /// The Guest is not assigned to a node.
     pub const GUEST_NOT_ASSIGNED: &str = "GuestNotAssigned";
+    /// The node is tainted `node.kubernetes.io/out-of-service`.
+    pub const NODE_OUT_OF_SERVICE: &str = "NodeOutOfService";
+    /// Another NodeUpdate of the node is under way, or another object of that name is in the way.
+    pub const NODE_BUSY: &str = "NodeBusy";
+    /// The operator has cordoned the node.
+    pub const CORDONED: &str = "Cordoned";
+    /// An administrator had cordoned the node; it stays so.
+    pub const ALREADY_CORDONED: &str = "AlreadyCordoned";
+    /// The operator has uncordoned the node.
+    pub const UNCORDONED: &str = "Uncordoned";
+    /// Ordinary Pods are being evicted.
+    pub const DRAINING: &str = "Draining";
+    /// No ordinary Pod is left on the node.
+    pub const DRAINED: &str = "Drained";
+    /// `drain.mode` is `None`: Pods stay until the host goes down.
+    pub const NOT_ASKED_FOR: &str = "NotAskedFor";
+    /// Pods were not gone within `drain.timeout`.
+    pub const DRAIN_TIMED_OUT: &str = "DrainTimedOut";
+    /// It waits until fewer than `maxUnavailable` nodes are under way.
+    pub const MAX_UNAVAILABLE: &str = "MaxUnavailable";
+    /// More than `maxFailures` nodes have failed.
+    pub const NODES_FAILED: &str = "NodesFailed";
+    /// The node did not come back within `returnTimeout`.
+    pub const HOST_NOT_BACK: &str = "HostNotBack";
+    /// The NodeUpdate was deleted before it came to its end.
+    pub const NODE_UPDATE_GONE: &str = "NodeUpdateGone";
+    /// `window` is closed; the message tells until when.
+    pub const WINDOW_CLOSED: &str = "WindowClosed";
+    /// `window` names no time zone or time that is known.
+    pub const WINDOW_INVALID: &str = "WindowInvalid";
+    /// A Pod that one of `blockers` names runs on the node.
+    pub const BLOCKED: &str = "Blocked";
+    /// No node is selected.
+    pub const NOT_SELECTED: &str = "NotSelected";
     /// No new pass is begun while `paused` is true.
     pub const PAUSED: &str = "Paused";
 }

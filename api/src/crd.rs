@@ -48,6 +48,8 @@ static HOST_UPDATE: LazyLock<Definition> = LazyLock::new(|| {
         &HostUpdate::crd(),
         &[
             ("status.nodes", Some("name")),
+            ("spec.blockers", Some("name")),
+            ("spec.window.days", None),
             ("spec.update.command", None),
             ("spec.reboot.command", None),
         ],

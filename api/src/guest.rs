@@ -5,7 +5,7 @@ use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::never_observed;
+use crate::{SeamlessReboot, SeamlessRebootSpec, never_observed};
 
 /// A virtual machine.
 ///
@@ -335,4 +335,64 @@ pub struct RebootRequest {
     /// Why none was made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub denied: Option<String>,
+}
+
+/// Name of the SeamlessReboot that is made for a guest's own request, in a cluster: the same whoever computes it.
+pub fn asked_reboot_name(guest: &str, id: &str) -> String {
+    let id: String = id.chars().filter(char::is_ascii_alphanumeric).take(8).collect();
+    // With `-asked-` and the id at most 63 characters, as a rule of SeamlessReboots says.
+    let guest: String = guest.chars().take(48).collect();
+    let guest = guest.trim_end_matches(['-', '.']);
+    format!("{guest}-asked-{}", id.to_ascii_lowercase())
+        .trim_end_matches('-')
+        .to_owned()
+}
+
+/// The SeamlessReboot for a guest's own request: everything as it is by default.
+pub fn asked_reboot(guest: &str, name: &str, reason: &str) -> SeamlessReboot {
+    // As much as a reason may have, with what stands before it.
+    const MOST: usize = 900;
+    let reason: String = reason.chars().filter(|c| !c.is_control()).collect();
+    let mut end = reason.len().min(MOST);
+    while !reason.is_char_boundary(end) {
+        end -= 1;
+    }
+    let spec = SeamlessRebootSpec {
+        guest_name: guest.to_owned(),
+        reason: (!reason.is_empty()).then(|| format!("asked for by the guest: {}", &reason[..end])),
+        expect: None,
+        services: Default::default(),
+        capture: Default::default(),
+        cutover: Default::default(),
+        timeouts: Default::default(),
+        retain_dormant_for: "10m".to_owned(),
+        ttl_seconds_after_finished: None,
+    };
+    SeamlessReboot::new(name, spec)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_of_a_reboot_that_a_guest_asks_for_is_valid_whatever_the_guest_says() {
+        assert_eq!(
+            asked_reboot_name("web", "0a1b2c3d-4e5f-6789"),
+            "web-asked-0a1b2c3d"
+        );
+        assert_eq!(asked_reboot_name("web", "../A\n ü!b"), "web-asked-ab");
+        assert_eq!(asked_reboot_name("web", "…"), "web-asked");
+        let long = asked_reboot_name(&format!("{}.{}", "a".repeat(47), "b".repeat(15)), "0a1b2c3d");
+        assert_eq!(long, format!("{}-asked-0a1b2c3d", "a".repeat(47)));
+        assert!(long.len() <= 63);
+    }
+
+    #[test]
+    fn the_reason_fits_its_bounds() {
+        let reboot = asked_reboot("web", "web-1", &"ü\n".repeat(1000));
+        let reason = reboot.spec.reason.unwrap();
+        assert!(reason.len() <= 1024 && !reason.contains('\n'), "{reason}");
+        assert_eq!(asked_reboot("web", "web-1", "").spec.reason, None);
+    }
 }

@@ -43,6 +43,9 @@ pub struct HostStatus {
     /// The kernel's boot ID.
     #[serde(default, rename = "bootID", skip_serializing_if = "Option::is_none")]
     pub boot_id: Option<String>,
+    /// When the kernel was started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub booted_at: Option<Time>,
     /// Kernel release (`uname -r`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel_release: Option<String>,
@@ -85,6 +88,7 @@ impl Default for HostStatus {
             node_uid: None,
             machine_id: None,
             boot_id: None,
+            booted_at: None,
             kernel_release: None,
             agent_version: None,
             vmm_version: None,

@@ -3,19 +3,21 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::never_observed;
 use crate::node_phase::NodeUpdatePhase;
+use crate::window::Window;
 
 /// A desired state of nodes.
 ///
 /// Every selected node shall satisfy `expect`. One that does not is updated (`update.command`) and rebooted;
 /// the sessions of its guests are saved before, and go on afterwards. Each pass over a node is a NodeUpdate.
 /// Deleting a HostUpdate aborts passes whose host is not rebooting yet.
-#[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(
     group = "understudy.dev",
     version = "v1alpha1",
@@ -27,6 +29,9 @@ use crate::node_phase::NodeUpdatePhase;
     derive = "PartialEq",
     doc = "A desired state of nodes: each one that does not satisfy it is updated and rebooted, and the sessions of its guests go on.",
     printcolumn = r#"{"name":"Ready","type":"string","jsonPath":".status.conditions[?(@.type==\"Ready\")].status","description":"Whether every selected node is as declared"}"#,
+    printcolumn = r#"{"name":"Nodes","type":"integer","jsonPath":".status.selected","description":"How many nodes are selected"}"#,
+    printcolumn = r#"{"name":"Updated","type":"integer","jsonPath":".status.updated","description":"How many of them are as declared"}"#,
+    printcolumn = r#"{"name":"Underway","type":"integer","jsonPath":".status.underway","description":"How many of them are under way"}"#,
     printcolumn = r#"{"name":"Reason","type":"string","jsonPath":".status.conditions[?(@.type==\"Ready\")].reason","description":"Why, in one word"}"#,
     printcolumn = r#"{"name":"Kernel","type":"string","jsonPath":".spec.expect.kernelRelease","description":"Kernel release that is expected"}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#,
@@ -37,6 +42,29 @@ pub struct HostUpdateSpec {
     /// Which nodes. Empty: every node.
     #[serde(default)]
     pub node_selector: NodeSelector,
+    /// How many of the selected nodes may be under way at a time: a number from 1, or a part of them such as `20%`
+    /// (rounded down, at least one). A node is under way from when it is picked until its NodeUpdate has come to its end.
+    #[serde(default = "one")]
+    pub max_unavailable: IntOrString,
+    /// How many nodes may fail before no further one is begun. A node has failed when its NodeUpdate has, or when it
+    /// is not back within `returnTimeout`. A change of the HostUpdate is another try.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 10_000))]
+    pub max_failures: i32,
+    /// How long a host may be away, `1m` to `24h`, from when it was asked to reboot until its agent speaks again.
+    /// After that it counts as failed, and stays cordoned until it is back.
+    #[serde(default = "fifteen_minutes")]
+    pub return_timeout: String,
+    /// When passes may begin. Those that have begun go on. Absent: at any time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<Window>,
+    /// What keeps a pass over a node from beginning while it is so.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    pub blockers: Vec<Blocker>,
+    /// What becomes of ordinary Pods before the host is rebooted. Without a cluster there are none.
+    #[serde(default)]
+    pub drain: Drain,
     /// What is done on the host before it is rebooted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub update: Option<Update>,
@@ -56,6 +84,107 @@ pub struct HostUpdateSpec {
     /// What is asked of passes that have begun. Not to be kept in Git.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub action: Option<HostUpdateAction>,
+}
+
+impl Default for HostUpdateSpec {
+    fn default() -> HostUpdateSpec {
+        HostUpdateSpec {
+            node_selector: NodeSelector::default(),
+            max_unavailable: one(),
+            max_failures: 0,
+            return_timeout: fifteen_minutes(),
+            window: None,
+            blockers: Vec::new(),
+            drain: Drain::default(),
+            update: None,
+            expect: None,
+            reboot: Reboot::default(),
+            sessions: Sessions::default(),
+            paused: false,
+            action: None,
+        }
+    }
+}
+
+impl HostUpdateSpec {
+    /// How many of `selected` nodes may be under way at a time; at least one.
+    pub fn may_be_unavailable(&self, selected: usize) -> usize {
+        let number = match &self.max_unavailable {
+            IntOrString::Int(number) => usize::try_from(*number).unwrap_or(0),
+            IntOrString::String(text) => match text.strip_suffix('%') {
+                Some(percent) => selected.saturating_mul(percent.parse().unwrap_or(0)) / 100,
+                None => text.parse().unwrap_or(0),
+            },
+        };
+        number.max(1)
+    }
+}
+
+/// What keeps a pass over a node from beginning.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Blocker {
+    /// How it is called where it blocks.
+    pub name: String,
+    /// Pods that shall not be disturbed: while one of them runs on a node, no pass over it begins. Without a
+    /// cluster there are none.
+    pub pods: PodSelector,
+}
+
+/// Pods, by their labels.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PodSelector {
+    /// Namespace of the Pods. Absent: any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
+    /// Labels with their values: a Pod is selected when it has all of them.
+    #[schemars(extend("minProperties" = 1, "maxProperties" = 16, "additionalProperties" = {"type": "string", "maxLength": 63}))]
+    pub match_labels: BTreeMap<String, String>,
+}
+
+/// What becomes of ordinary Pods before the host is rebooted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Drain {
+    /// `Evict`: they are evicted, as disruption budgets allow. `None`: they stay until the host goes down.
+    /// Pods of DaemonSets and static Pods stay in any case.
+    #[serde(default)]
+    pub mode: DrainMode,
+    /// The longest that it may take, `1s` to `24h`. After that the pass has failed, and the node is uncordoned.
+    #[serde(default = "one_hour")]
+    pub timeout: String,
+}
+
+impl Default for Drain {
+    fn default() -> Drain {
+        Drain {
+            mode: DrainMode::Evict,
+            timeout: one_hour(),
+        }
+    }
+}
+
+/// What becomes of ordinary Pods before the host is rebooted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum DrainMode {
+    /// They are evicted.
+    #[default]
+    Evict,
+    /// They stay.
+    None,
+}
+
+fn one() -> IntOrString {
+    IntOrString::Int(1)
+}
+
+fn fifteen_minutes() -> String {
+    "15m".to_owned()
+}
+
+fn one_hour() -> String {
+    "1h".to_owned()
 }
 
 /// Nodes, by their labels. A node agent without a cluster knows these of its node: `kubernetes.io/hostname`
@@ -228,6 +357,18 @@ pub struct HostUpdateStatus {
     /// Generation of the spec that this status was written for; -1: none yet.
     #[serde(default = "never_observed")]
     pub observed_generation: i64,
+    /// How many nodes are selected.
+    #[serde(default)]
+    pub selected: i32,
+    /// How many of them are as they shall be.
+    #[serde(default)]
+    pub updated: i32,
+    /// How many of them are under way.
+    #[serde(default)]
+    pub underway: i32,
+    /// How many of them have failed.
+    #[serde(default)]
+    pub failed: i32,
     /// The selected nodes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nodes: Vec<UpdatedNode>,
@@ -240,6 +381,10 @@ impl Default for HostUpdateStatus {
     fn default() -> HostUpdateStatus {
         HostUpdateStatus {
             observed_generation: never_observed(),
+            selected: 0,
+            updated: 0,
+            underway: 0,
+            failed: 0,
             nodes: Vec::new(),
             conditions: Vec::new(),
         }
@@ -260,6 +405,9 @@ pub struct UpdatedNode {
     /// How far that is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<NodeUpdatePhase>,
+    /// Why it is not begun, or has come to this end, in one word.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
     /// For people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
@@ -288,6 +436,24 @@ mod tests {
         assert!(selects(&[("kubernetes.io/hostname", "a")]));
         assert!(!selects(&[("kubernetes.io/hostname", "b")]));
         assert!(!selects(&[("kubernetes.io/hostname", "a"), ("rack", "1")]));
+    }
+
+    #[test]
+    fn a_part_of_the_nodes_is_rounded_down_and_never_none() {
+        let of = |wanted: IntOrString, selected| {
+            HostUpdateSpec {
+                max_unavailable: wanted,
+                ..HostUpdateSpec::default()
+            }
+            .may_be_unavailable(selected)
+        };
+        let percent = |text: &str| IntOrString::String(text.to_owned());
+        assert_eq!(of(IntOrString::Int(3), 2), 3);
+        assert_eq!(of(percent("20%"), 10), 2);
+        assert_eq!(of(percent("20%"), 9), 1);
+        assert_eq!(of(percent("1%"), 2), 1);
+        assert_eq!(of(percent("100%"), 7), 7);
+        assert_eq!(HostUpdateSpec::default().may_be_unavailable(7), 1);
     }
 
     #[test]

@@ -18,9 +18,11 @@ pub mod node_update;
 pub mod phase;
 pub mod quantity;
 pub mod reboot;
+pub mod rollout;
 pub mod rules;
 mod structural;
 pub mod validation;
+pub mod window;
 
 pub use guest::{Guest, GuestSpec, GuestStatus};
 pub use host::{Host, HostSpec, HostStatus};

@@ -5,7 +5,7 @@ use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::host_update::{HostExpect, Reboot, Sessions, Update};
+use crate::host_update::{Drain, HostExpect, Reboot, Sessions, Update};
 use crate::never_observed;
 use crate::node_phase::NodeUpdatePhase;
 
@@ -47,6 +47,9 @@ pub struct NodeUpdateSpec {
     /// Why, for people; where the host began it, in its words.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// What becomes of ordinary Pods before, as the HostUpdate had it. Where the host began it nobody is asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<Drain>,
     /// What is done on the host before, as the HostUpdate had it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub update: Option<Update>,
@@ -120,7 +123,8 @@ pub struct NodeUpdateStatus {
     /// What was found, done and measured; grows as the update proceeds.
     #[serde(default, rename = "result", skip_serializing_if = "Option::is_none")]
     pub result: Option<NodeUpdateResult>,
-    /// `Ready`, `Reconciling` and `Stalled` (as kstatus reads them), `Complete` and `Failed` (as Jobs have).
+    /// `Ready`, `Reconciling` and `Stalled` (as kstatus reads them), `Complete` and `Failed` (as Jobs have); in a
+    /// cluster `AgentAvailable`, and for a HostUpdate's `Cordoned`, `Drained` and `Uncordoned`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
 }

@@ -39,6 +39,8 @@ const FILE: &str = "^/?[A-Za-z0-9._@+=,:-]+(/[A-Za-z0-9._@+=,:-]+)*$";
 const INTERFACE: &str = "^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,14}$";
 const MAC: &str = "^[0-9a-f][02468ace](:[0-9a-f]{2}){5}$";
 const UNIT: &str = "^[A-Za-z0-9:_.@-]+[.](service|socket|timer|path)$";
+const TIME: &str = "^([01][0-9]|2[0-3]):[0-5][0-9]$";
+const TIME_ZONE: &str = "^[A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+)*$";
 const RELEASE: &str = "^[A-Za-z0-9][A-Za-z0-9._+~-]*$";
 
 /// Rules of a `Guest`.
@@ -218,6 +220,51 @@ pub fn host_update() -> Vec<Rule> {
         |object| str(&object["metadata"]["name"]).len() <= 52,
         "metadata.name must have at most 52 characters: NodeUpdates are named after it",
     )];
+    rules.push(value(
+        "spec.maxUnavailable",
+        "string(self).matches('^([1-9][0-9]{0,3}|([1-9][0-9]?|100)%)$')",
+        |most| {
+            let text = most.as_str().map_or_else(|| most.to_string(), str::to_owned);
+            let (digits, limit) = match text.strip_suffix('%') {
+                Some(digits) => (digits, 100),
+                None => (text.as_str(), 9999),
+            };
+            let is_number = digits.bytes().all(|b| b.is_ascii_digit()) && !digits.starts_with('0');
+            is_number
+                && digits
+                    .parse()
+                    .is_ok_and(|number: u32| (1..=limit).contains(&number))
+        },
+        "must be a number from 1 to 9999, or a part of the nodes from '1%' to '100%'",
+    ));
+    rules.push(matches(
+        "spec.returnTimeout",
+        DURATION,
+        32,
+        "must be a duration such as 500ms, 30s or 1h30m",
+    ));
+    rules.push(between("spec.returnTimeout", "1m", "24h"));
+    for path in ["spec.window.start", "spec.window.end"] {
+        rules.push(matches(path, TIME, 5, "must be a time of day such as 22:00"));
+    }
+    rules.push(matches(
+        "spec.window.timeZone",
+        TIME_ZONE,
+        64,
+        "must be the name of a time zone, such as Europe/Berlin",
+    ));
+    rules.push(matches(
+        "spec.blockers[].name",
+        DNS_LABEL,
+        63,
+        "must be lower-case letters, digits and '-', such as backups",
+    ));
+    rules.push(matches(
+        "spec.blockers[].pods.namespace",
+        DNS_LABEL,
+        63,
+        "must be the name of a namespace",
+    ));
     rules.extend(how_to_update());
     rules
 }
@@ -302,6 +349,7 @@ fn how_to_update() -> Vec<Rule> {
         ("spec.update.timeout", "24h"),
         ("spec.reboot.timeout", "50m"),
         ("spec.sessions.timeout", "24h"),
+        ("spec.drain.timeout", "24h"),
     ] {
         rules.push(matches(
             path,
@@ -420,7 +468,7 @@ mod tests {
     #[test]
     fn every_pattern_compiles_and_needs_no_escape_in_cel() {
         for pattern in [
-            DNS_LABELS, DNS_LABEL, DURATION, MEMORY, FILE, INTERFACE, MAC, UNIT, RELEASE,
+            DNS_LABELS, DNS_LABEL, DURATION, MEMORY, FILE, INTERFACE, MAC, UNIT, RELEASE, TIME, TIME_ZONE,
         ] {
             assert!(Regex::new(pattern).is_ok(), "{pattern}");
             assert!(!pattern.contains(['\\', '\'']), "{pattern}");

@@ -154,6 +154,12 @@ impl Facts {
         let millis = |time: Duration| i64::try_from(time.as_millis()).ok();
         status.observed_generation = 1;
         status.machine_id = text(&self.machine_id);
+        // Reckoned once for each boot: the clock may be stepped.
+        if status.boot_id.as_deref() != Some(&self.boot_id) || status.booted_at.is_none() {
+            let moment = host::moment();
+            let booted = Timestamp::from_microsecond(moment.unix_us - moment.boot_us);
+            status.booted_at = booted.ok().map(Time);
+        }
         status.boot_id = text(&self.boot_id);
         status.kernel_release = Some(host::kernel_release());
         status.agent_version = Some(env!("CARGO_PKG_VERSION").to_owned());

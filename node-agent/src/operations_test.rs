@@ -97,6 +97,7 @@ fn a_reboot_that_has_changed_nothing_is_suspended_for_the_host_and_goes_on_after
         origin: understudy_api::node_update::Origin::Host,
         host_update: None,
         reason: None,
+        drain: None,
         update: None,
         expect: None,
         reboot: Default::default(),

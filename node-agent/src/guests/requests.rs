@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
-use understudy_api::guest::{OnGuestRequest, RebootRequest};
-use understudy_api::{Guest, Phase, SeamlessReboot, SeamlessRebootSpec, Time};
+use understudy_api::guest::{OnGuestRequest, RebootRequest, asked_reboot};
+use understudy_api::{Guest, Phase, SeamlessReboot, Time};
 use understudy_channel::Request;
 use uuid::Uuid;
 
@@ -109,26 +109,8 @@ fn reboot_name(guest: &Guest, id: &str) -> String {
 }
 
 fn make(guest: &Guest, name: &str, reason: &str) -> SeamlessReboot {
-    let reason: String = reason.chars().filter(|c| !c.is_control()).collect();
-    let mut spec = SeamlessRebootSpec {
-        guest_name: guest.key().name,
-        reason: None,
-        expect: None,
-        services: Default::default(),
-        capture: Default::default(),
-        cutover: Default::default(),
-        timeouts: Default::default(),
-        retain_dormant_for: "10m".to_owned(),
-        ttl_seconds_after_finished: None,
-    };
-    if !reason.is_empty() {
-        let mut end = reason.len().min(900);
-        while !reason.is_char_boundary(end) {
-            end -= 1;
-        }
-        spec.reason = Some(format!("asked for by the guest: {}", &reason[..end]));
-    }
-    let mut reboot = SeamlessReboot::new(name, spec);
-    reboot.metadata.namespace = Some(guest.key().namespace);
+    let key = guest.key();
+    let mut reboot = asked_reboot(&key.name, name, reason);
+    reboot.metadata.namespace = Some(key.namespace);
     reboot
 }

@@ -1,51 +1,30 @@
-//! Which NodeUpdate a HostUpdate asks for on this node, and what its status tells. Pure functions of what
-//! was seen; stand-alone the node agent does what the operator does in a cluster, for one node.
+//! What a HostUpdate's status tells stand-alone, where the node agent does what the operator does in a cluster,
+//! for one node; and the NodeUpdate of a host that goes down by itself. Pure functions of what was seen.
 
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use understudy_api::conditions::{self, Wanted, reasons, types};
-use understudy_api::host_update::{HostUpdateActionKind, HostUpdateStatus, UpdatedNode};
-use understudy_api::node_update::{HostUpdateReference, NodeUpdateSpec, Origin};
-use understudy_api::{HostUpdate, NodeUpdate, NodeUpdatePhase};
-use uuid::Uuid;
+use understudy_api::host_update::{HostUpdateStatus, UpdatedNode};
+use understudy_api::node_update::{NodeUpdateSpec, Origin};
+use understudy_api::rollout::{Seen, Want};
+use understudy_api::{HostUpdate, NodeUpdate};
 
 use crate::store::Object;
 
-/// The node, as a HostUpdate's `expect` and selector see it.
-#[derive(Clone, Debug)]
-pub struct Seen {
-    /// Its name.
-    pub name: String,
-    /// Kernel release.
-    pub kernel_release: String,
-    /// When its kernel was started, in microseconds since 1970.
-    pub booted_at: i64,
+/// A node without a cluster, as HostUpdates see it.
+pub fn seen(name: &str, kernel_release: String, booted_at: i64) -> Seen {
+    Seen {
+        name: name.to_owned(),
+        identity: name.to_owned(),
+        labels: labels(name),
+        kernel_release,
+        booted_at,
+        now: Timestamp::now(),
+    }
 }
 
-/// What a HostUpdate asks for on this node.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Want {
-    /// Nothing: the node is not selected.
-    NotSelected,
-    /// Nothing: the node is as it shall be.
-    Satisfied(String),
-    /// Nothing for now.
-    Waits {
-        /// Why, in one word.
-        reason: &'static str,
-        /// For people.
-        message: String,
-    },
-    /// A pass is under way, or was made and has not begun.
-    Underway(Box<NodeUpdate>),
-    /// The last pass for this generation did not succeed; another one takes a change of the HostUpdate.
-    Failed(Box<NodeUpdate>),
-    /// A new pass.
-    Pass(Box<NodeUpdate>),
-}
-
-/// Labels that a node without a cluster has.
+/// Labels that it has.
 fn labels(node: &str) -> BTreeMap<String, String> {
     let arch = match std::env::consts::ARCH {
         "x86_64" => "amd64",
@@ -58,94 +37,6 @@ fn labels(node: &str) -> BTreeMap<String, String> {
     ]
     .map(|(label, value)| (label.to_owned(), value.to_owned()))
     .into()
-}
-
-/// Name of the NodeUpdate for one generation of a HostUpdate on a node: the same whoever makes it.
-fn pass_name(update: &HostUpdate, node: &str) -> String {
-    let of = format!("{}/{}/{node}", update.uid(), update.generation());
-    let hash = Uuid::new_v5(&Uuid::NAMESPACE_OID, of.as_bytes());
-    let mut name: String = update.key().name;
-    name.truncate(200);
-    format!("{name}-{}", &hash.simple().to_string()[..10])
-}
-
-/// What `update` asks for, where `passes` are the NodeUpdates of this node.
-pub fn want(update: &HostUpdate, passes: &[NodeUpdate], seen: &Seen) -> Want {
-    if !update.spec.node_selector.selects(&labels(&seen.name)) {
-        return Want::NotSelected;
-    }
-    let name = pass_name(update, &seen.name);
-    let of_update = |pass: &&NodeUpdate| {
-        pass.spec
-            .host_update
-            .as_ref()
-            .is_some_and(|reference| reference.uid == update.uid())
-    };
-    let phase = |pass: &NodeUpdate| {
-        pass.status
-            .as_ref()
-            .and_then(|status| status.phase)
-            .unwrap_or_default()
-    };
-    // One of an earlier generation is waited for.
-    if let Some(pass) = passes
-        .iter()
-        .filter(of_update)
-        .find(|pass| !phase(pass).is_terminal())
-    {
-        return Want::Underway(Box::new(pass.clone()));
-    }
-    let last = passes.iter().find(|pass| pass.key().name == name);
-    if let Some(pass) = last.filter(|pass| phase(pass) != NodeUpdatePhase::Resumed) {
-        return Want::Failed(Box::new(pass.clone()));
-    }
-    let missing = match &update.spec.expect {
-        Some(expect) => match expect.satisfied_by(&seen.kernel_release, seen.booted_at) {
-            Ok(()) => return Want::Satisfied(format!("the host runs kernel {}", seen.kernel_release)),
-            Err(missing) => missing,
-        },
-        None => match last {
-            Some(pass) => {
-                return Want::Satisfied(format!("it was updated by NodeUpdate {}", pass.key().name));
-            }
-            None => "it was not updated for this generation".to_owned(),
-        },
-    };
-    if let Some(pass) = last {
-        // It came to a good end, and the host has been changed back since.
-        return Want::Failed(Box::new(pass.clone()));
-    }
-    let waits = |reason, message: &str| Want::Waits {
-        reason,
-        message: format!("{message}; {missing}"),
-    };
-    if update.is_deleting() {
-        return waits(reasons::ABORTED, "the HostUpdate is being deleted");
-    }
-    if update.spec.action.map(|action| action.kind) == Some(HostUpdateActionKind::Abort) {
-        return waits(reasons::ABORTED, "action is Abort: no pass is begun");
-    }
-    if update.spec.paused {
-        return waits(reasons::PAUSED, "paused is true: no pass is begun");
-    }
-    let spec = &update.spec;
-    Want::Pass(Box::new(NodeUpdate::new(
-        &name,
-        NodeUpdateSpec {
-            node_name: seen.name.clone(),
-            origin: Origin::HostUpdate,
-            host_update: Some(HostUpdateReference {
-                name: update.key().name,
-                uid: update.uid(),
-                generation: update.generation(),
-            }),
-            reason: Some(missing),
-            update: spec.update.clone(),
-            expect: spec.expect.clone(),
-            reboot: spec.reboot.clone(),
-            sessions: spec.sessions.clone(),
-        },
-    )))
 }
 
 /// The NodeUpdate for a host that goes down by itself in this boot. `number`: which one of this boot it is,
@@ -163,6 +54,7 @@ pub fn of_host(node: &str, boot_id: &str, number: usize, reason: &str) -> NodeUp
             origin: Origin::Host,
             host_update: None,
             reason: Some(reason.to_owned()),
+            drain: None,
             update: None,
             expect: None,
             reboot: Default::default(),
@@ -202,10 +94,15 @@ pub fn report(status: &mut HostUpdateStatus, want: &Want, node: &str, generation
             // The pass that made it so stays known.
             node_update: node_update.or_else(|| before.as_ref()?.node_update.clone()),
             phase: phase.or_else(|| before.as_ref()?.phase),
+            reason: Some(reason.clone()),
             message: (!message.is_empty()).then(|| message.clone()),
         }],
     };
     let failed = matches!(want, Want::Failed(_));
+    let underway = matches!(want, Want::Underway(_) | Want::Pass(_));
+    status.selected = i32::from(*want != Want::NotSelected);
+    status.updated = i32::from(matches!(want, Want::Satisfied(_)));
+    (status.underway, status.failed) = (i32::from(underway), i32::from(failed));
     let waits = matches!(want, Want::Waits { .. });
     let wanted = |kind, status| Wanted {
         kind,
@@ -227,17 +124,15 @@ pub fn report(status: &mut HostUpdateStatus, want: &Want, node: &str, generation
 
 #[cfg(test)]
 mod tests {
-    use understudy_api::host_update::{HostExpect, HostUpdateAction, HostUpdateSpec};
-    use understudy_api::{NodeUpdateStatus, Time};
+    use understudy_api::host_update::{HostExpect, HostUpdateAction, HostUpdateActionKind, HostUpdateSpec};
+    use understudy_api::rollout::want;
+    use understudy_api::window::Window;
+    use understudy_api::{NodeUpdatePhase, NodeUpdateStatus, Time};
 
     use super::*;
 
     fn seen() -> Seen {
-        Seen {
-            name: "alpha".into(),
-            kernel_release: "6.1.0-47".into(),
-            booted_at: 1_000_000,
-        }
+        super::seen("alpha", "6.1.0-47".into(), 1_000_000)
     }
 
     fn update(expect: Option<HostExpect>) -> HostUpdate {
@@ -352,6 +247,26 @@ mod tests {
             .match_labels
             .insert("kubernetes.io/hostname".into(), "beta".into());
         assert_eq!(want(&other, &[], &seen()), Want::NotSelected);
+    }
+
+    #[test]
+    fn nothing_is_begun_while_the_window_is_closed() {
+        let mut later = update(None);
+        let mut seen = seen();
+        seen.now = "2026-11-27T12:00:00Z".parse().unwrap();
+        later.spec.window = Some(Window {
+            time_zone: "UTC".into(),
+            days: Vec::new(),
+            start: "22:00".into(),
+            end: "04:00".into(),
+        });
+        let Want::Waits { reason, message } = want(&later, &[], &seen) else {
+            panic!("a pass is begun");
+        };
+        assert_eq!(reason, reasons::WINDOW_CLOSED);
+        assert!(message.contains("2026-11-27 22:00"), "{message}");
+        seen.now = "2026-11-27T23:00:00Z".parse().unwrap();
+        assert!(matches!(want(&later, &[], &seen), Want::Pass(_)));
     }
 
     #[test]

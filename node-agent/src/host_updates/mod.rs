@@ -9,6 +9,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use understudy_api::conditions::{self, reasons};
 use understudy_api::node_update::{Origin, SessionState};
+use understudy_api::rollout::{Want, want};
 use understudy_api::{NodeUpdate, NodeUpdatePhase};
 
 use crate::host;
@@ -19,7 +20,6 @@ use crate::moment::Moment;
 use crate::node::Node;
 use crate::store::Object;
 
-use assign::{Seen, Want, want};
 use driver::start;
 
 /// NodeUpdates that stay of reboots which the host began.
@@ -208,11 +208,7 @@ impl HostUpdates {
         let node = &self.node;
         let passes = node.objects.node_updates();
         let now = host::moment();
-        let seen = Seen {
-            name: node.name.clone(),
-            kernel_release: host::kernel_release(),
-            booted_at: now.unix_us - now.boot_us,
-        };
+        let seen = assign::seen(&node.name, host::kernel_release(), now.unix_us - now.boot_us);
         for update in node.objects.host_updates() {
             let mut wanted = want(&update, &passes, &seen);
             if let Want::Pass(pass) = &wanted {

@@ -1,0 +1,117 @@
+//! Hosts: a host that goes down by itself asks for a NodeUpdate, into which its agent reports.
+
+use std::sync::Arc;
+
+use kube::ResourceExt;
+use understudy_api::host::HostRebootRequest;
+use understudy_api::node_update::{NodeUpdateSpec, Origin};
+use understudy_api::{Host, NodeUpdate};
+
+use crate::controller::{Again, Context, Reconciler};
+use crate::error::Error;
+use crate::write::Note;
+
+/// The last NodeUpdate that was made for the host; one that is deleted is not made again.
+pub const MADE: &str = "understudy.dev/made-node-update";
+/// How NodeUpdates that hosts ask for are called: no agent names another's.
+const PREFIX: &str = "host-";
+
+impl Reconciler for Host {
+    const NAME: &'static str = "host";
+    const CONCURRENCY: u16 = 4;
+
+    async fn reconcile(host: Arc<Host>, context: Arc<Context>) -> Result<Again, Error> {
+        let writer = &context.writer;
+        match build(&host) {
+            Plan::Nothing => {}
+            Plan::Refuse(note) => writer.note(&*host, &note).await,
+            Plan::Make(update) => {
+                let name = update.name_any();
+                if writer.create(&*update).await? {
+                    tracing::info!(host = %host.name_any(), update = name, "made the NodeUpdate that the host asked for");
+                }
+                writer.metadata(&*host, None, &[(MADE, name)]).await?;
+            }
+        }
+        Ok(Again::default())
+    }
+}
+
+#[derive(Debug, PartialEq)]
+enum Plan {
+    Nothing,
+    Make(Box<NodeUpdate>),
+    Refuse(Note),
+}
+
+fn build(host: &Host) -> Plan {
+    let status = host.status.as_ref();
+    let Some(HostRebootRequest {
+        reason,
+        node_update: Some(name),
+        ..
+    }) = status.and_then(|status| status.reboot_request.as_ref())
+    else {
+        return Plan::Nothing;
+    };
+    if host.annotations().get(MADE) == Some(name) || host.metadata.deletion_timestamp.is_some() {
+        return Plan::Nothing;
+    }
+    if !name.starts_with(PREFIX) {
+        return Plan::Refuse(Note {
+            warning: true,
+            reason: "Refused".to_owned(),
+            message: format!(
+                "status.rebootRequest.nodeUpdate is {name}; a host's own NodeUpdate is called {PREFIX}<boot ID>"
+            ),
+        });
+    }
+    let reason: String = reason.chars().filter(|c| !c.is_control()).take(200).collect();
+    let update = NodeUpdate::new(
+        name,
+        NodeUpdateSpec {
+            node_name: host.name_any(),
+            origin: Origin::Host,
+            host_update: None,
+            reason: (!reason.is_empty()).then_some(reason),
+            drain: None,
+            update: None,
+            expect: None,
+            reboot: Default::default(),
+            sessions: Default::default(),
+        },
+    );
+    Plan::Make(Box::new(update))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn host(name: &str, made: Option<&str>) -> Host {
+        serde_json::from_value(
+            json!({"metadata": {"name": "a", "annotations": made.map(|made| json!({MADE: made}))},
+            "spec": {}, "status": {"rebootRequest":
+                {"reason": "reboot", "requestedAt": "2026-01-01T00:00:00Z", "nodeUpdate": name}}}),
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn a_hosts_request_makes_one_node_update_for_its_own_node() {
+        let Plan::Make(update) = build(&host("host-0a1b2c", Some("host-before"))) else {
+            panic!("none is made");
+        };
+        assert_eq!(update.spec.node_name, "a");
+        assert_eq!(update.spec.origin, Origin::Host);
+        assert_eq!(update.name_any(), "host-0a1b2c");
+        assert_eq!(build(&host("host-0a1b2c", Some("host-0a1b2c"))), Plan::Nothing);
+    }
+
+    #[test]
+    fn an_agent_cannot_name_the_node_update_of_a_host_update() {
+        assert!(matches!(build(&host("kernel-0a1b2c", None)), Plan::Refuse(_)));
+    }
+}

@@ -1,0 +1,61 @@
+//! SeamlessReboots: assigned to the node of their Guest, taken away when they are over.
+
+mod build;
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use kube::ResourceExt;
+use kube::runtime::reflector::ObjectRef;
+use understudy_api::SeamlessReboot;
+
+use crate::controller::{Again, Context, Reconciler};
+use crate::error::Error;
+use build::{Found, Plan};
+
+/// Keeps a SeamlessReboot until its agent has brought it to its end.
+pub const FINALIZER: &str = "understudy.dev/reboot";
+
+impl Reconciler for SeamlessReboot {
+    const NAME: &'static str = "seamless-reboot";
+    const CONCURRENCY: u16 = 16;
+
+    async fn reconcile(reboot: Arc<SeamlessReboot>, context: Arc<Context>) -> Result<Again, Error> {
+        let found = fetch(&reboot, &context);
+        let plan = build::build(&reboot, &found, Timestamp::now());
+        let again = Again(plan.again);
+        apply(&reboot, plan, &context).await?;
+        Ok(again)
+    }
+}
+
+fn fetch(reboot: &SeamlessReboot, context: &Context) -> Found {
+    let mut key = ObjectRef::new(&reboot.spec.guest_name);
+    key.namespace = reboot.namespace();
+    let guest = context.world.guests.get(&key);
+    let of_guest = guest
+        .as_ref()
+        .and_then(|guest| guest.status.as_ref()?.node_name.clone());
+    let assigned = reboot.status.as_ref().and_then(|status| status.node_name.clone());
+    Found {
+        place: assigned.or(of_guest).map(|node| context.world.place(&node)),
+        guest,
+    }
+}
+
+async fn apply(reboot: &SeamlessReboot, plan: Plan, context: &Context) -> Result<(), Error> {
+    let writer = &context.writer;
+    let finalizer = plan.is_kept.then_some(FINALIZER);
+    writer.metadata(reboot, finalizer, &[]).await?;
+    if let Some(status) = &plan.status
+        && writer.status(reboot, status).await?
+        && let Some(note) = &plan.note
+    {
+        writer.note(reboot, note).await;
+    }
+    if plan.is_expired {
+        tracing::info!(reboot = %reboot.name_any(), "deleted: ttlSecondsAfterFinished");
+        writer.delete(reboot).await?;
+    }
+    Ok(())
+}

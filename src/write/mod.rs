@@ -1,0 +1,262 @@
+//! The only way to write: fenced by the lease, limited in rate, and not at all where nothing would change.
+
+pub mod diff;
+mod limit;
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams, Preconditions};
+use kube::core::ApiResource;
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::{Api, Client, Resource, ResourceExt};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+use tokio::time::{Instant, timeout_at};
+
+use crate::MANAGER;
+use crate::error::{Error, named};
+use crate::lease::Fence;
+use crate::metrics::Metrics;
+pub use limit::Limit;
+
+/// A status as the operator wants it: all fields of it that are the operator's, and no others.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Status {
+    /// The fields.
+    pub fields: Map<String, Value>,
+    /// Takes fields from their owner: only where that one's node is gone.
+    pub force: bool,
+    /// Only where the object is still the one that was read.
+    pub exact: bool,
+}
+
+/// An event to publish.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Note {
+    /// Whether it is a warning.
+    pub warning: bool,
+    /// One of the reasons of the API.
+    pub reason: String,
+    /// For people.
+    pub message: String,
+}
+
+/// Objects that the operator writes.
+pub trait Written: Resource<DynamicType = ()> + Clone + Debug + Serialize + Send + Sync {}
+impl<K: Resource<DynamicType = ()> + Clone + Debug + Serialize + Send + Sync> Written for K {}
+
+/// The operator's hand.
+pub struct Writer {
+    client: Client,
+    fence: Fence,
+    limit: Limit,
+    recorder: Recorder,
+    metrics: Arc<Metrics>,
+}
+
+impl Writer {
+    /// A writer that writes only while `fence` is open. `identity` tells replicas apart in events.
+    pub fn new(client: Client, fence: Fence, limit: Limit, identity: &str, metrics: Arc<Metrics>) -> Writer {
+        let reporter = Reporter {
+            controller: MANAGER.to_owned(),
+            instance: Some(identity.to_owned()),
+        };
+        Writer {
+            recorder: Recorder::new(client.clone(), reporter),
+            client,
+            fence,
+            limit,
+            metrics,
+        }
+    }
+
+    /// The client, for reading.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Applies the status, where that changes anything. Whether it did.
+    pub async fn status<K: Written>(&self, object: &K, status: &Status) -> Result<bool, Error> {
+        let action = format!("applying the status of {}", named(object));
+        let live = encode(&action, object)?;
+        if !diff::status_changes(object.meta(), &live["status"], &status.fields) {
+            return Ok(false);
+        }
+        let mut body = body(object);
+        body["status"] = Value::Object(status.fields.clone());
+        if status.exact {
+            body["metadata"]["resourceVersion"] = json!(object.resource_version());
+        }
+        let parameters = PatchParams {
+            force: status.force,
+            ..PatchParams::apply(MANAGER)
+        };
+        let name = object.name_any();
+        let api = self.api(object);
+        let patch = Patch::Apply(&body);
+        let write = api.patch_status(&name, &parameters, &patch);
+        self.write::<K, _>(&action, "apply", write).await?;
+        Ok(true)
+    }
+
+    /// Applies the operator's finalizer and annotations, and takes away others of its own. Whether it wrote.
+    pub async fn metadata<K: Written>(
+        &self,
+        object: &K,
+        finalizer: Option<&str>,
+        annotations: &[(&str, String)],
+    ) -> Result<bool, Error> {
+        if !diff::metadata_changes(object.meta(), finalizer, annotations) {
+            return Ok(false);
+        }
+        let action = format!("applying the metadata of {}", named(object));
+        let mut body = body(object);
+        if let Some(finalizer) = finalizer {
+            body["metadata"]["finalizers"] = json!([finalizer]);
+        }
+        if !annotations.is_empty() {
+            let annotations = annotations
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), json!(value)));
+            body["metadata"]["annotations"] = Value::Object(annotations.collect());
+        }
+        self.apply(&action, object, &body).await?;
+        Ok(true)
+    }
+
+    /// Applies `body` as all that the operator owns of an object but its status.
+    pub async fn apply<K: Written>(&self, action: &str, object: &K, body: &Value) -> Result<(), Error> {
+        let name = object.name_any();
+        let parameters = PatchParams::apply(MANAGER);
+        let api = self.api(object);
+        let patch = Patch::Apply(body);
+        let write = api.patch(&name, &parameters, &patch);
+        match self.write::<K, _>(action, "apply", write).await {
+            // It went with its last finalizer, or was gone already.
+            Err(Error::Api { source, .. })
+                if is_not_found(&source) && object.meta().deletion_timestamp.is_some() =>
+            {
+                Ok(())
+            }
+            other => other.map(drop),
+        }
+    }
+
+    /// Creates an object; one of that name that is there already is as good. Whether it is new.
+    pub async fn create<K: Written>(&self, object: &K) -> Result<bool, Error> {
+        let action = format!("creating {}", named(object));
+        let mut body = encode(&action, object)?;
+        body["apiVersion"] = json!(K::api_version(&()));
+        body["kind"] = json!(K::kind(&()));
+        let body: DynamicObject = serde_json::from_value(body).map_err(|source| Error::Encode {
+            action: action.clone(),
+            source,
+        })?;
+        let parameters = PostParams {
+            field_manager: Some(MANAGER.to_owned()),
+            ..PostParams::default()
+        };
+        let api = self.api(object);
+        let write = api.create(&parameters, &body);
+        match self.write::<K, _>(&action, "create", write).await {
+            Ok(_) => Ok(true),
+            Err(Error::Changed { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Deletes exactly the object that was read; one that is gone is as good.
+    pub async fn delete<K: Written>(&self, object: &K) -> Result<(), Error> {
+        let action = format!("deleting {}", named(object));
+        let name = object.name_any();
+        let parameters = DeleteParams::background().preconditions(Preconditions {
+            uid: object.uid(),
+            resource_version: None,
+        });
+        let api = self.api(object);
+        let write = api.delete(&name, &parameters);
+        match self.write::<K, _>(&action, "delete", write).await {
+            Err(Error::Api { source, .. }) if is_not_found(&source) => Ok(()),
+            other => other.map(drop),
+        }
+    }
+
+    /// Publishes an event. One that cannot be published is logged: nothing depends on it.
+    pub async fn note<K: Written>(&self, object: &K, note: &Note) {
+        if self.admit("publishing an event").await.is_err() {
+            return;
+        }
+        let event = Event {
+            type_: if note.warning {
+                EventType::Warning
+            } else {
+                EventType::Normal
+            },
+            reason: note.reason.clone(),
+            note: Some(note.message.chars().take(1000).collect()),
+            action: "Reconcile".to_owned(),
+            secondary: None,
+        };
+        let published = self.recorder.publish(&event, &object.object_ref(&())).await;
+        if let Err(error) = published {
+            tracing::warn!(object = %named(object), reason = note.reason, %error, "an event could not be published");
+        }
+    }
+
+    /// Anything else that is written: fenced and limited.
+    /// When it must be over.
+    pub async fn admit(&self, action: &str) -> Result<Instant, Error> {
+        self.limit.pass().await;
+        self.fence.deadline().ok_or_else(|| Error::NotLeading {
+            action: action.to_owned(),
+        })
+    }
+
+    async fn write<K: Written, T>(
+        &self,
+        action: &str,
+        verb: &'static str,
+        write: impl Future<Output = Result<T, kube::Error>>,
+    ) -> Result<T, Error> {
+        let deadline = self.admit(action).await?;
+        let written = match timeout_at(deadline, write).await {
+            Ok(written) => written.map_err(|error| Error::from_kube(action, error)),
+            Err(_) => Err(Error::TooLate {
+                action: action.to_owned(),
+            }),
+        };
+        let outcome = written.as_ref().err().map_or("Ok", Error::reason);
+        self.metrics.wrote(&K::kind(&()), verb, outcome);
+        written
+    }
+
+    fn api<K: Written>(&self, object: &K) -> Api<DynamicObject> {
+        let resource = ApiResource::erase::<K>(&());
+        match object.namespace() {
+            Some(namespace) => Api::namespaced_with(self.client.clone(), &namespace, &resource),
+            None => Api::all_with(self.client.clone(), &resource),
+        }
+    }
+}
+
+/// The object's identity, to be applied with what is wanted. The UID keeps an apply from making an object
+/// anew that is gone.
+pub fn body<K: Written>(object: &K) -> Value {
+    let mut metadata = json!({"name": object.name_any(), "uid": object.uid()});
+    if let Some(namespace) = object.namespace() {
+        metadata["namespace"] = json!(namespace);
+    }
+    json!({"apiVersion": K::api_version(&()), "kind": K::kind(&()), "metadata": metadata})
+}
+
+fn encode<K: Written>(action: &str, object: &K) -> Result<Value, Error> {
+    serde_json::to_value(object).map_err(|source| Error::Encode {
+        action: action.to_owned(),
+        source,
+    })
+}
+
+fn is_not_found(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == 404)
+}
