@@ -26,6 +26,12 @@ pub mod types {
     pub const AGENT_AVAILABLE: &str = "AgentAvailable";
     /// Nothing of a deleted guest is left on its node, but for disks that are kept.
     pub const RELEASED: &str = "Released";
+    /// No new Pods are scheduled to the node of a NodeUpdate.
+    pub const CORDONED: &str = "Cordoned";
+    /// The node's ordinary Pods are gone: its agent may begin the NodeUpdate.
+    pub const DRAINED: &str = "Drained";
+    /// Pods are scheduled to the node again, or it stays as its administrator had left it.
+    pub const UNCORDONED: &str = "Uncordoned";
     /// A reboot that the host begins would wait until all sessions are saved.
     pub const SESSIONS_SAFE: &str = "SessionsSafe";
 }
