@@ -15,6 +15,9 @@ use crate::cluster::reports::Answer;
 pub const REQUEST: Duration = Duration::from_secs(10);
 const CONNECT: Duration = Duration::from_secs(5);
 
+/// The message of an apply that names a field which the kind's schema does not have.
+const NOT_IN_SCHEMA: &str = "field not declared in schema";
+
 /// Why there is no client.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
@@ -86,6 +89,10 @@ fn of_status(status: &Status) -> Trouble {
         // 429: it is busy; another moment is as good.
         409 | 429 => Trouble::Answer(Answer::Conflict(message)),
         400..=499 => Trouble::Answer(Answer::Refused(message)),
+        // What the API server says of a field that its CRD does not have: no fault of its own, whatever the code.
+        500 if message.contains(NOT_IN_SCHEMA) => Trouble::Answer(Answer::Refused(format!(
+            "{message}; are the cluster's CRDs older than the agent?"
+        ))),
         code => Trouble::Away(format!("it fails ({code}): {message}")),
     }
 }
@@ -121,4 +128,45 @@ fn causes(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(code: u16, message: &str) -> Trouble {
+        let status = Status {
+            code,
+            message: message.to_owned(),
+            ..Status::default()
+        };
+        trouble(&kube::Error::Api(Box::new(status)))
+    }
+
+    #[test]
+    fn an_error_is_an_absence_a_conflict_or_a_refusal() {
+        for code in [401, 500, 502, 503, 504] {
+            assert!(matches!(of(code, ""), Trouble::Away(_)), "{code}");
+        }
+        assert_eq!(of(404, ""), Trouble::Answer(Answer::Gone));
+        for code in [409, 429] {
+            assert!(
+                matches!(of(code, ""), Trouble::Answer(Answer::Conflict(_))),
+                "{code}"
+            );
+        }
+        for code in [400, 403, 422] {
+            assert!(
+                matches!(of(code, ""), Trouble::Answer(Answer::Refused(_))),
+                "{code}"
+            );
+        }
+        // CRDs that were not upgraded stall one kind, not the link.
+        let older =
+            "failed to create typed patch object (/web; Kind=Guest): .status.x: field not declared in schema";
+        let Trouble::Answer(Answer::Refused(why)) = of(500, older) else {
+            panic!("an API server that is away");
+        };
+        assert!(why.contains("CRDs"), "{why}");
+    }
 }
