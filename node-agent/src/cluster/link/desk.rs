@@ -139,7 +139,7 @@ impl<O: Mirrored> Desk<O> {
             }
             watcher::Event::Apply(object) => put(&mut self.there, object, None),
             watcher::Event::Delete(object) => {
-                let key = key_of::<O>(&object);
+                let key = key_of(&object);
                 self.there.unreadable.remove(&key);
                 let is_it = |there: &O| object.metadata.uid == there.meta().uid;
                 if self.there.objects.get(&key).is_some_and(is_it) {
@@ -303,7 +303,7 @@ fn part<O: Mirrored>(object: &O) -> serde_json::Value {
     reports::agents_part(value.get_mut("status").map(serde_json::Value::take))
 }
 
-fn key_of<O: Mirrored>(object: &DynamicObject) -> Key {
+fn key_of(object: &DynamicObject) -> Key {
     let meta = &object.metadata;
     Key {
         namespace: meta.namespace.clone().unwrap_or_default(),
@@ -313,7 +313,7 @@ fn key_of<O: Mirrored>(object: &DynamicObject) -> Key {
 
 /// Takes in an object as the API server has it, unless what is known of it is newer.
 fn put<O: Mirrored>(there: &mut There<O>, object: DynamicObject, known: Option<&There<O>>) {
-    let key = key_of::<O>(&object);
+    let key = key_of(&object);
     let known = known.unwrap_or(there).objects.get(&key);
     if let Some(known) = known.filter(|known| reports::is_older(&object.metadata, known.meta())) {
         let known = known.clone();
