@@ -1,4 +1,5 @@
-//! The agent's main loop in stand-alone mode: manifests in, guests and operations kept, until it is stopped.
+//! The agent's main loop: objects in, from manifests or from an API server, guests and operations kept, until it is
+//! stopped.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -12,7 +13,10 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 
-use crate::config::Config;
+use crate::cluster::access::{self, AccessError};
+use crate::cluster::link::LinkError;
+use crate::cluster::{Cluster, Link};
+use crate::config::{Config, Mode};
 use crate::durable::{self, DurableError};
 use crate::guests::worker;
 use crate::host::{self, HostIdentity};
@@ -49,6 +53,12 @@ pub enum AgentError {
     /// A directory could not be made.
     #[error(transparent)]
     File(#[from] DurableError),
+    /// It is not known which node of a cluster this is.
+    #[error(transparent)]
+    Access(#[from] AccessError),
+    /// The link to the API server could not be started.
+    #[error(transparent)]
+    Link(#[from] LinkError),
     /// Another agent has the state directory.
     #[error("another understudy-node runs on {0}; stop it first, or give this one another stateDir")]
     Running(PathBuf),
@@ -83,34 +93,26 @@ pub fn run(config: Config) -> Result<(), AgentError> {
         })?;
     }
     let store = Store::open(&config.state_dir)?;
-    let mut scanner = Scanner::new(&config.manifests_dir, &config.state_dir);
-    let node = Node::open(config, Arc::new(store.clone()), HostIdentity::read())?;
-    tracing::info!(
-        node = node.name,
-        version = env!("CARGO_PKG_VERSION"),
-        state = %node.config.state_dir.display(),
-        manifests = %node.config.manifests_dir.display(),
-        "stand-alone"
-    );
+    let (node, mut source) = open(config, store)?;
     // First of all: what was in flight decides who may touch its guest.
     let mut updates = HostUpdates::load(&node, started);
     operations::recover(&node);
     watch_power(&node);
     updates.recover();
     host_object::keep(&node)?;
+    // Only now: what is driven is known.
+    source.start(&node)?;
     notify("READY=1");
 
     let mut guests: HashMap<Key, JoinHandle<()>> = HashMap::new();
     let mut seen = 0;
     while !stop.load(Ordering::Relaxed) {
-        if let Err(error) = scanner.scan(&store) {
-            tracing::error!(%error, "the problems of manifests could not be told");
-        }
+        source.scan();
         keep_guests(&node, &mut guests);
         updates.pass();
         operations::pass(&node);
         std::thread::sleep(REST);
-        seen = store.wait(seen, TICK);
+        seen = node.objects.wait(seen, TICK);
     }
     notify("STOPPING=1");
     if let Some(how) = Systemctl::new(Path::new("systemctl")).shutdown() {
@@ -129,7 +131,69 @@ pub fn run(config: Config) -> Result<(), AgentError> {
     while guests.values().any(|thread| !thread.is_finished()) && Instant::now() < deadline {
         std::thread::sleep(REST);
     }
+    source.stop();
     Ok(())
+}
+
+/// Where objects come from.
+enum Source {
+    /// Manifests.
+    Manifests(Scanner, Store),
+    /// An API server, once the link to it is started.
+    Cluster(Arc<Cluster>, Option<Link>),
+}
+
+/// Opens the node as its configuration says.
+fn open(config: Config, store: Store) -> Result<(Arc<Node>, Source), AgentError> {
+    let version = env!("CARGO_PKG_VERSION");
+    let state = config.state_dir.display().to_string();
+    match config.mode {
+        Mode::Standalone => {
+            let scanner = Scanner::new(&config.manifests_dir, &config.state_dir);
+            let objects = Arc::new(store.clone());
+            let node = Node::open(host::name(), config, objects, HostIdentity::read())?;
+            let manifests = node.config.manifests_dir.display();
+            tracing::info!(node = node.name, version, state, %manifests, "stand-alone");
+            Ok((node, Source::Manifests(scanner, store)))
+        }
+        Mode::Cluster => {
+            // What the Pod wrote before the host's last reboot will do.
+            let access = access::read(&config.state_dir)?;
+            let cluster = Arc::new(Cluster::open(store, &config.state_dir, &access)?);
+            let node = Node::open(access.node_name, config, cluster.clone(), HostIdentity::read())?;
+            let server = access.server;
+            tracing::info!(node = node.name, version, state, server, "on a cluster");
+            Ok((node, Source::Cluster(cluster, None)))
+        }
+    }
+}
+
+impl Source {
+    fn start(&mut self, node: &Arc<Node>) -> Result<(), AgentError> {
+        let Source::Cluster(cluster, link) = self else {
+            return Ok(());
+        };
+        let me = Arc::downgrade(node);
+        // Without a node nothing is forgotten.
+        let driven = move |uid: &str| me.upgrade().is_none_or(|node| node.is_driven(uid));
+        let started = Link::start(cluster.clone(), &node.config.state_dir, Arc::new(driven))?;
+        *link = Some(started);
+        Ok(())
+    }
+
+    fn scan(&mut self) {
+        if let Source::Manifests(scanner, store) = self
+            && let Err(error) = scanner.scan(store)
+        {
+            tracing::error!(%error, "the problems of manifests could not be told");
+        }
+    }
+
+    fn stop(self) {
+        if let Source::Cluster(_, Some(link)) = self {
+            link.stop();
+        }
+    }
 }
 
 /// Hears of the host's shutdowns from now on, and holds them up.

@@ -16,6 +16,8 @@ const MAX_RUN_DIR: usize = 44;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Config {
+    /// Where objects come from.
+    pub mode: Mode,
     /// Durable state: objects, operations' journals, logs.
     pub state_dir: PathBuf,
     /// Sockets; lost at a reboot of the host.
@@ -36,6 +38,16 @@ pub struct Config {
     pub credentials: Credentials,
     /// Reboots of the host.
     pub host: HostConfig,
+}
+
+/// Where objects come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Mode {
+    /// From a directory of manifests.
+    #[default]
+    Standalone,
+    /// From an API server, by `<stateDir>/cluster/access.json`; no manifests are read.
+    Cluster,
 }
 
 /// What wraps the keys of saved sessions while the host reboots.
@@ -128,6 +140,7 @@ pub enum Supervisor {
 impl Default for Config {
     fn default() -> Config {
         Config {
+            mode: Mode::default(),
             state_dir: "/var/lib/understudy".into(),
             run_dir: "/run/understudy".into(),
             manifests_dir: "/etc/understudy/manifests".into(),

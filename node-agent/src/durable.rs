@@ -1,7 +1,8 @@
 //! Files that survive a power cut: replaced by write, fsync, rename, fsync of the directory.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -40,20 +41,42 @@ impl DurableError {
 /// Replaces `path`: when this returns, the new content survives a power cut; when it fails or is cut
 /// short, the old content is whole. One writer at a time per path.
 pub fn replace(path: &Path, content: &[u8]) -> Result<(), DurableError> {
-    write(path, content, true)
+    write(path, content, true, ANYBODY)
 }
 
 /// As [`replace`], but the content may be lost (never torn) by a power cut: for what is only shown.
 pub fn replace_relaxed(path: &Path, content: &[u8]) -> Result<(), DurableError> {
-    write(path, content, false)
+    write(path, content, false, ANYBODY)
 }
 
-fn write(path: &Path, content: &[u8], durable: bool) -> Result<(), DurableError> {
-    let directory = parent(path);
+/// As [`write_json`], for what only the owner may read.
+pub fn write_secret_json<T: Serialize>(path: &Path, value: &T) -> Result<(), DurableError> {
+    // One that a former writer left half-written may be readable by others.
+    let _ = fs::remove_file(replacement(path));
+    write(path, &encode(path, value)?, true, OWNER)
+}
+
+/// Mode of files, but for the umask.
+const ANYBODY: u32 = 0o666;
+/// Mode of files with secrets.
+const OWNER: u32 = 0o600;
+
+fn replacement(path: &Path) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".new");
-    let temporary = directory.join(name);
-    let mut file = File::create(&temporary).map_err(DurableError::io("creating a replacement of", path))?;
+    parent(path).join(name)
+}
+
+fn write(path: &Path, content: &[u8], durable: bool, mode: u32) -> Result<(), DurableError> {
+    let directory = parent(path);
+    let temporary = replacement(path);
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(mode)
+        .open(&temporary)
+        .map_err(DurableError::io("creating a replacement of", path))?;
     file.write_all(content)
         .map_err(DurableError::io("writing a replacement of", path))?;
     if durable {

@@ -4,6 +4,7 @@
 
 pub mod agent;
 pub mod cli;
+pub mod cluster;
 pub mod config;
 pub mod credentials;
 pub mod durable;
@@ -24,6 +25,7 @@ pub mod moment;
 pub mod network;
 pub mod node;
 pub mod operations;
+pub mod pod;
 pub mod power;
 pub mod records;
 pub mod reporter;

@@ -12,7 +12,7 @@ use crate::durable::{self, DurableError};
 use crate::guest_agent::Link;
 use crate::guests::Records;
 use crate::handover::journal::{Directory, JournalError};
-use crate::host::{self, HostIdentity};
+use crate::host::HostIdentity;
 use crate::host_effects::Commands;
 use crate::host_update;
 use crate::host_work::HostWork;
@@ -76,8 +76,9 @@ pub enum NodeError {
 }
 
 impl Node {
-    /// Opens the node's state, on a host in a boot.
+    /// Opens the state of the node of this name, on a host in a boot.
     pub fn open(
+        name: String,
         config: Config,
         objects: Arc<dyn Objects>,
         identity: HostIdentity,
@@ -89,7 +90,7 @@ impl Node {
         let updates = host_update::journal::Directory::open(config.state_dir.join("updates"))?;
         let sessions = Sessions::open(&config, identity);
         Ok(Arc::new_cyclic(|me| Node {
-            name: host::name(),
+            name,
             instances: Instances::open(&config.state_dir),
             records: Records::open(&config.state_dir),
             launcher: Launcher::new(&config.vmm, config.supervisor),
@@ -178,6 +179,17 @@ impl Node {
             .iter()
             .map(|(guest, operation)| (guest.clone(), operation.clone()))
             .collect()
+    }
+
+    /// Whether a driver runs, or a record waits for one, for the SeamlessReboot or NodeUpdate of a UID.
+    pub fn is_driven(&self, uid: &str) -> bool {
+        let in_flight = lock(&self.operations)
+            .values()
+            .any(|operation| operation.uid == uid);
+        in_flight
+            || self.journal.has(uid)
+            || self.updates.has(uid)
+            || self.work.updates().iter().any(|update| update.uid == uid)
     }
 
     /// Notes how far the operation on a guest is.

@@ -147,8 +147,11 @@ fn tell(node: &Node, reboot: &SeamlessReboot, phase: Phase, reason: &str, messag
     }
 }
 
-/// Removes a finished reboot that was deleted, or whose time to live is over.
+/// Removes a finished reboot that was deleted, or whose time to live is over; in a cluster the operator does.
 fn expire(node: &Node, reboot: &SeamlessReboot) {
+    if !node.objects.stands_alone() {
+        return;
+    }
     let finished = reboot
         .status
         .as_ref()

@@ -64,7 +64,13 @@ impl Bed {
         };
         fs::create_dir_all(config.disks_dir.join("default")).unwrap();
         let store = Store::open(&config.state_dir).unwrap();
-        let node = Node::open(config, Arc::new(store.clone()), HostIdentity::read()).unwrap();
+        let node = Node::open(
+            crate::host::name(),
+            config,
+            Arc::new(store.clone()),
+            HostIdentity::read(),
+        )
+        .unwrap();
         Bed {
             dir,
             _run_dir: run_dir,

@@ -8,7 +8,8 @@ use understudy_api::duration;
 use understudy_api::{Guest, HostUpdate, NodeUpdate, SeamlessReboot};
 
 use super::{Kind, kind};
-use crate::config::Config;
+use crate::cluster::orphans;
+use crate::config::{Config, Mode};
 use crate::store::{Key, Object, Store, StoreError};
 
 const LOOK: Duration = Duration::from_millis(200);
@@ -36,6 +37,18 @@ pub(super) struct Arguments {
 #[error("the Host is what the agent tells of this node: it cannot be deleted")]
 struct OwnHost;
 
+/// The API server has it.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{kind} {key:?} is assigned to this node by its cluster: delete it there (`kubectl delete {kind} {name}{namespace}`); here only what the cluster does not know any more can be deleted",
+    key = key.to_string(), name = key.name,
+    namespace = match key.namespace.as_str() { "" => String::new(), namespace => format!(" -n {namespace}") }
+)]
+struct OfCluster {
+    kind: &'static str,
+    key: Key,
+}
+
 /// It is still there.
 #[derive(Debug, thiserror::Error)]
 #[error(
@@ -57,10 +70,10 @@ pub(super) fn run(config: &Config, arguments: &Arguments) -> Result<(), Box<dyn 
     let key = Key::new(arguments.namespace.clone(), arguments.name.clone());
     let of_cluster = Key::new("", arguments.name.clone());
     match arguments.kind {
-        Kind::Guest => delete::<Guest>(&store, &key, arguments)?,
-        Kind::Reboot => delete::<SeamlessReboot>(&store, &key, arguments)?,
-        Kind::HostUpdate => delete::<HostUpdate>(&store, &of_cluster, arguments)?,
-        Kind::NodeUpdate => delete::<NodeUpdate>(&store, &of_cluster, arguments)?,
+        Kind::Guest => delete::<Guest>(config, &store, &key, arguments)?,
+        Kind::Reboot => delete::<SeamlessReboot>(config, &store, &key, arguments)?,
+        Kind::HostUpdate => delete::<HostUpdate>(config, &store, &of_cluster, arguments)?,
+        Kind::NodeUpdate => delete::<NodeUpdate>(config, &store, &of_cluster, arguments)?,
         Kind::Host => return Err(Box::new(OwnHost)),
     }
     let kind = arguments.kind.singular();
@@ -68,7 +81,12 @@ pub(super) fn run(config: &Config, arguments: &Arguments) -> Result<(), Box<dyn 
     Ok(())
 }
 
-fn delete<O: Object>(store: &Store, key: &Key, arguments: &Arguments) -> Result<(), Box<dyn Error>> {
+fn delete<O: Object>(
+    config: &Config,
+    store: &Store,
+    key: &Key,
+    arguments: &Arguments,
+) -> Result<(), Box<dyn Error>> {
     let uid = store
         .get::<O>(key)?
         .ok_or_else(|| StoreError::NotFound {
@@ -76,6 +94,13 @@ fn delete<O: Object>(store: &Store, key: &Key, arguments: &Arguments) -> Result<
             key: key.clone(),
         })?
         .uid();
+    let name = format!("{} {key}", O::KIND.name());
+    if config.mode == Mode::Cluster && !orphans(&config.state_dir)?.contains(&name) {
+        return Err(Box::new(OfCluster {
+            kind: arguments.kind.singular(),
+            key: key.clone(),
+        }));
+    }
     store.delete::<O>(key)?;
     if !arguments.wait {
         return Ok(());

@@ -25,6 +25,9 @@ pub(super) struct Arguments {
     /// Where logind's drop-ins go
     #[arg(long, value_name = "DIR", default_value = "/etc/systemd/logind.conf.d")]
     logind_dir: PathBuf,
+    /// Path of the agent's binary in the unit, instead of that of this program
+    #[arg(long, value_name = "FILE")]
+    program: Option<PathBuf>,
     /// Write files only; do not tell systemd
     #[arg(long)]
     no_reload: bool,
@@ -44,11 +47,14 @@ enum InstallError {
 }
 
 pub(super) fn run(config: &Config, file: &Path, arguments: &Arguments) -> Result<(), Box<dyn Error>> {
-    let program = std::env::current_exe().map_err(|source| InstallError::Io {
-        action: "finding",
-        path: "/proc/self/exe".into(),
-        source,
-    })?;
+    let program = match &arguments.program {
+        Some(program) => program.clone(),
+        None => std::env::current_exe().map_err(|source| InstallError::Io {
+            action: "finding",
+            path: "/proc/self/exe".into(),
+            source,
+        })?,
+    };
     let failed = |action, path: &Path| {
         let path = path.to_owned();
         move |source| InstallError::Io { action, path, source }

@@ -9,13 +9,14 @@ mod render;
 mod status;
 
 use std::error::Error;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{Config, DEFAULT_PATH};
-use crate::{agent, logs};
+use crate::{agent, logs, pod};
 
 /// Owns the guests of this node and reboots them without interruption.
 #[derive(Debug, Parser)]
@@ -45,7 +46,7 @@ struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run the agent in stand-alone mode, on a directory of manifests
+    /// Run the agent: stand-alone on a directory of manifests, or on a cluster where the configuration's mode says so
     Run {
         /// Directory of manifests, instead of the configuration's manifestsDir
         #[arg(long, value_name = "DIR")]
@@ -72,6 +73,19 @@ enum Command {
     DiscardSession(discard::Arguments),
     /// Install the systemd unit of this agent, and enable it
     Install(install::Arguments),
+    /// Bring the agent to the node of a cluster: what the container of the DaemonSet runs
+    ///
+    /// Copies the image's binaries to the host by version, writes the service's configuration and its access to the
+    /// API server, installs and starts the service, and shows its logs, health and metrics. The service and the
+    /// guests go on when the Pod ends.
+    Pod(pod::Arguments),
+    /// Run a command in the mount namespace of the host's PID 1, from a container
+    #[command(hide = true)]
+    OnHost {
+        /// The command
+        #[arg(required = true, last = true)]
+        command: Vec<OsString>,
+    },
 }
 
 /// Parses the command line and does what it says.
@@ -87,6 +101,15 @@ pub fn main() -> ExitCode {
 }
 
 fn execute(cli: Cli) -> Result<(), Box<dyn Error>> {
+    match &cli.command {
+        // These have no configuration of their own.
+        Command::Pod(arguments) => {
+            logs::init(None);
+            return pod::run(arguments);
+        }
+        Command::OnHost { command } => return Err(Box::new(pod::become_command(command))),
+        _ => {}
+    }
     let mut config = Config::load(cli.global.config.as_deref())?;
     if let Some(state_dir) = cli.global.state_dir {
         config.state_dir = state_dir;
@@ -121,6 +144,7 @@ fn execute(cli: Cli) -> Result<(), Box<dyn Error>> {
             let file = cli.global.config.unwrap_or_else(|| PathBuf::from(DEFAULT_PATH));
             install::run(&config, &file, &arguments)?;
         }
+        Command::Pod(_) | Command::OnHost { .. } => {}
     }
     Ok(())
 }
@@ -183,6 +207,9 @@ mod tests {
             "status host",
             "delete hostupdate kernel",
             "discard-session default/web --yes",
+            "pod",
+            "pod --host-root /host --server https://10.0.0.1:443 --listen 127.0.0.1:9465",
+            "on-host -- systemctl restart understudy-node.service",
         ] {
             let words = ["understudy-node"].into_iter().chain(line.split(' '));
             assert!(Cli::try_parse_from(words).is_ok(), "{line}");

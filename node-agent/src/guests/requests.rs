@@ -7,13 +7,15 @@ use jiff::Timestamp;
 use understudy_api::guest::{OnGuestRequest, RebootRequest, asked_reboot};
 use understudy_api::{Guest, Phase, SeamlessReboot, Time};
 use understudy_channel::Request;
-use uuid::Uuid;
 
 use crate::guest_agent::Link;
 use crate::node::Node;
 use crate::store::{Key, Object};
 
 const ANSWER: Duration = Duration::from_secs(5);
+/// How much of a request's id, and of a long guest's name, goes into the name of its SeamlessReboot.
+const ID_LENGTH: usize = 8;
+const MAX_GUEST: usize = 200;
 
 /// One pass over the guest's request, if it has one.
 pub fn pass(node: &Node, guest: &Guest, link: &Link) {
@@ -21,7 +23,7 @@ pub fn pass(node: &Node, guest: &Guest, link: &Link) {
         return;
     };
     let key = guest.key();
-    let name = reboot_name(guest, &id);
+    let name = reboot_name(&key.name, &id);
     let known = guest
         .status
         .as_ref()
@@ -38,6 +40,8 @@ pub fn pass(node: &Node, guest: &Guest, link: &Link) {
     let reboot_key = Key::new(key.namespace.clone(), name.clone());
     let reboot = match node.objects.reboot(&reboot_key) {
         Ok(Some(reboot)) => reboot,
+        // The operator was asked, and makes it.
+        Ok(None) if known && !node.objects.stands_alone() => return,
         Ok(None) => {
             tracing::info!(guest = %key, id, reason, reboot = name, "the guest asks for a reboot");
             let reboot = make(guest, &name, &reason);
@@ -97,15 +101,20 @@ fn note(node: &Node, guest: &Guest, id: &str, reason: &str, reboot: Option<&str>
     }
 }
 
-/// Deterministic, so that a request that is heard twice makes one reboot.
-fn reboot_name(guest: &Guest, id: &str) -> String {
-    let hash = Uuid::new_v5(&Uuid::NAMESPACE_OID, format!("{}/{id}", guest.uid()).as_bytes());
-    let guest: String = guest.key().name.chars().take(200).collect();
-    format!(
-        "{}-{}",
-        guest.trim_end_matches(['-', '.']),
-        &hash.simple().to_string()[..10]
-    )
+/// Deterministic, so that a request that is heard twice makes one reboot, and so that in a cluster the operator,
+/// which makes it, and we know it by the same name: `<guest>-asked-<first 8 characters of the request's id>`. What a
+/// name may not hold is left out: the id is the guest's own.
+fn reboot_name(guest: &str, id: &str) -> String {
+    let id: String = id
+        .chars()
+        .map(|c| c.to_ascii_lowercase())
+        .filter(char::is_ascii_alphanumeric)
+        .take(ID_LENGTH)
+        .collect();
+    let guest: String = guest.chars().take(MAX_GUEST).collect();
+    format!("{}-asked-{id}", guest.trim_end_matches(['-', '.']))
+        .trim_end_matches('-')
+        .to_owned()
 }
 
 fn make(guest: &Guest, name: &str, reason: &str) -> SeamlessReboot {
@@ -113,4 +122,22 @@ fn make(guest: &Guest, name: &str, reason: &str) -> SeamlessReboot {
     let mut reboot = asked_reboot(&key.name, name, reason);
     reboot.metadata.namespace = Some(key.namespace);
     reboot
+}
+
+#[cfg(test)]
+mod tests {
+    use super::reboot_name;
+
+    #[test]
+    fn a_requests_reboot_has_a_name_that_the_operator_finds_as_well() {
+        let id = "0B1c2d3e-4f50-6172-8394-a5b6c7d8e9f0";
+        assert_eq!(reboot_name("web", id), "web-asked-0b1c2d3e");
+        assert_eq!(
+            reboot_name("web", "../..%"),
+            "web-asked",
+            "a guest's id names no path"
+        );
+        let long = format!("{}.{}", "x".repeat(199), "y".repeat(50));
+        assert_eq!(reboot_name(&long, "1"), format!("{}-asked-1", "x".repeat(199)));
+    }
 }

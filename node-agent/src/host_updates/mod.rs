@@ -7,7 +7,7 @@ mod driver;
 use std::sync::Arc;
 
 use jiff::Timestamp;
-use understudy_api::conditions::{self, reasons};
+use understudy_api::conditions::{self, reasons, types};
 use understudy_api::node_update::{Origin, SessionState};
 use understudy_api::rollout::{Want, want};
 use understudy_api::{NodeUpdate, NodeUpdatePhase};
@@ -84,7 +84,7 @@ impl HostUpdates {
         if is_free {
             self.begin_next(goes_down.as_deref());
         }
-        if goes_down.is_none() {
+        if goes_down.is_none() && self.node.objects.stands_alone() {
             self.assign();
         }
         self.expire();
@@ -99,6 +99,7 @@ impl HostUpdates {
             .into_iter()
             .filter(|update| !phase(update).is_terminal())
             .filter(|update| !self.node.updates.has(&update.uid()))
+            .filter(|update| self.may_begin(update))
             .collect();
         waiting.sort_by_key(|update| {
             let created = update.metadata.creation_timestamp.as_ref().map(|time| time.0);
@@ -125,6 +126,18 @@ impl HostUpdates {
                 }
             }
         }
+    }
+
+    /// In a cluster the operator drains the node first; what is deleted before that is told so.
+    fn may_begin(&self, update: &NodeUpdate) -> bool {
+        let is_drained = || {
+            let mut conditions = update.status.iter().flat_map(|status| &status.conditions);
+            conditions.any(|there| there.type_ == types::DRAINED && there.status == "True")
+        };
+        self.node.objects.stands_alone()
+            || update.spec.origin == Origin::Host
+            || update.is_deleting()
+            || is_drained()
     }
 
     fn make_of_host(&self, reason: &str) -> Option<NodeUpdate> {
@@ -270,9 +283,11 @@ impl HostUpdates {
         }
     }
 
-    /// Removes deleted objects that nothing runs for.
+    /// Removes deleted objects that nothing runs for; in a cluster the operator does, but for those of reboots that
+    /// the host began.
     fn expire(&self) {
         let objects = &self.node.objects;
+        let stands_alone = objects.stands_alone();
         let known = self.node.work.updates();
         let passes = objects.node_updates();
         let is_known = |pass: &NodeUpdate| known.iter().any(|update| update.uid == pass.uid());
@@ -287,7 +302,8 @@ impl HostUpdates {
         let outdated = outdated(&passes);
         for pass in &passes {
             let owned = owner(pass).filter(|uid| of_deleted.contains(uid));
-            if !pass.is_deleting() && owned.is_none() && !outdated.contains(&pass.uid()) {
+            let is_unwanted = stands_alone && (pass.is_deleting() || owned.is_some());
+            if !is_unwanted && !outdated.contains(&pass.uid()) {
                 continue;
             }
             if is_known(pass) || !phase(pass).is_terminal() {

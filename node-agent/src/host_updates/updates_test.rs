@@ -146,7 +146,7 @@ fn reboot(bed: &Bed, instance: &Instance, boot_id: &str) -> Arc<Node> {
         ..HostIdentity::read()
     };
     let config = bed.node.config.clone();
-    Node::open(config, Arc::new(bed.store.clone()), identity).unwrap()
+    Node::open(crate::host::name(), config, Arc::new(bed.store.clone()), identity).unwrap()
 }
 
 /// A VMM's script that is nothing but a process.
@@ -404,4 +404,61 @@ fn of_reboots_that_the_host_began_the_newest_stay() {
     let mut gone = outdated(&updates);
     gone.sort();
     assert_eq!(gone, ["1", "2"]);
+}
+
+#[test]
+fn in_a_cluster_an_update_waits_until_the_operator_has_drained_the_node() {
+    let bed = Bed::new(PROCESS);
+    stays_up(&bed);
+    let access = crate::cluster::Access {
+        server: String::new(),
+        ca_data: String::new(),
+        token: String::new(),
+        node_name: "alpha".into(),
+        node_uid: "node-uid".into(),
+        namespace: "understudy".into(),
+    };
+    let config = bed.node.config.clone();
+    let cluster = crate::cluster::Cluster::open(bed.store.clone(), &config.state_dir, &access).unwrap();
+    let node = Node::open("alpha".into(), config, Arc::new(cluster), HostIdentity::read()).unwrap();
+    let of_update = |name: &str| -> NodeUpdate {
+        serde_json::from_value(json!({
+            "apiVersion": "understudy.dev/v1alpha1", "kind": "NodeUpdate", "metadata": {"name": name, "uid": name},
+            // It holds already: nothing is rebooted.
+            "spec": {"nodeName": "alpha", "origin": "HostUpdate", "expect": {"kernelRelease": host::kernel_release()}},
+        }))
+        .unwrap()
+    };
+    let put = |update: &NodeUpdate| {
+        let mirrored = crate::store::Mirrored::Object(Box::new(update.clone()));
+        bed.store
+            .mirror::<NodeUpdate>(&update.key(), |_| mirrored)
+            .unwrap();
+    };
+    let mut update = of_update("kernel-1");
+    put(&update);
+    let mut updates = HostUpdates::load(&node, host::moment());
+    for _ in 0..3 {
+        updates.pass();
+    }
+    let there = bed.store.get::<NodeUpdate>(&update.key()).unwrap().unwrap();
+    assert_eq!(there.status.and_then(|status| status.phase), None);
+    assert!(node.work.updates().is_empty());
+
+    let drained = conditions::Wanted {
+        kind: types::DRAINED,
+        status: Some(true),
+        reason: "Drained",
+        message: "",
+    };
+    let status = update.status.get_or_insert_default();
+    conditions::set(&mut status.conditions, 1, Timestamp::now(), &[drained]);
+    put(&update);
+    pass_until(&bed, &mut updates, "its end", |update| {
+        phase(update).is_terminal()
+    });
+    // It stays until the operator removes it, deleted or not.
+    update.metadata.deletion_timestamp = Some(understudy_api::Time(Timestamp::now()));
+    updates.pass();
+    assert_eq!(bed.store.list::<NodeUpdate>().len(), 1);
 }

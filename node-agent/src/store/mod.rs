@@ -7,5 +7,5 @@ pub mod objects;
 mod source;
 
 pub use manifests::{Problem, Scanner};
-pub use objects::{Key, Object, Store, StoreError};
+pub use objects::{Key, Mirrored, Object, Store, StoreError};
 pub use source::Objects;

@@ -193,6 +193,17 @@ pub enum Applied {
     Deleted,
 }
 
+/// What becomes of an object in [`Store::mirror`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum Mirrored<O> {
+    /// It stays.
+    Unchanged,
+    /// It is this from now on.
+    Object(Box<O>),
+    /// It is not there any more.
+    Gone,
+}
+
 /// The objects of a node.
 #[derive(Clone, Debug)]
 pub struct Store {
@@ -353,6 +364,26 @@ impl Store {
         durable::remove(&self.path::<O>(key))?;
         self.ring();
         Ok(())
+    }
+
+    /// Changes, makes or removes the object of a name by what `decide` makes of it, in one step among all
+    /// processes. Returns whether there was anything to do. Unlike [`Store::remove`] this leaves no tombstone: who
+    /// mirrors objects of somebody else has no manifests that would bring them back.
+    pub fn mirror<O: Object>(
+        &self,
+        key: &Key,
+        decide: impl FnOnce(Option<&O>) -> Mirrored<O>,
+    ) -> Result<bool, StoreError> {
+        let _lock = self.lock()?;
+        match decide(self.get::<O>(key)?.as_ref()) {
+            Mirrored::Unchanged => return Ok(false),
+            Mirrored::Object(object) => self.write(&*object, true)?,
+            Mirrored::Gone => {
+                durable::remove(&self.path::<O>(key))?;
+                self.ring();
+            }
+        }
+        Ok(true)
     }
 
     /// Waits until something was changed through this store object, at most for `limit`. `seen` is what the

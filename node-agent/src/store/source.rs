@@ -1,5 +1,5 @@
-//! What the guest manager and the engines need of whoever holds the objects: the stand-alone store today,
-//! an API server tomorrow. They get specs and report status through this and nothing else.
+//! What the guest manager and the engines need of whoever holds the objects: the stand-alone store, or that
+//! which mirrors an API server (`cluster`). They get specs and report status through this and nothing else.
 
 use std::time::Duration;
 
@@ -14,6 +14,9 @@ use super::objects::{Key, Object, Store, StoreError};
 /// Where specs come from and status goes. Deletion is asked for by a deletion time; an object that is
 /// absent asks for nothing.
 pub trait Objects: Send + Sync {
+    /// Whether the objects are nowhere else. Then what an operator does in a cluster is done here: SeamlessReboots
+    /// for what guests ask, NodeUpdates for HostUpdates, and the removal of what is over.
+    fn stands_alone(&self) -> bool;
     /// All guests of this node.
     fn guests(&self) -> Vec<Guest>;
     /// One guest.
@@ -42,7 +45,7 @@ pub trait Objects: Send + Sync {
     fn guest_gone(&self, key: &Key, uid: &str) -> Result<(), StoreError>;
     /// A reboot that was being deleted, or whose time to live is over, is gone.
     fn reboot_gone(&self, key: &Key, uid: &str) -> Result<(), StoreError>;
-    /// Makes a reboot in a guest's name; nothing where it exists.
+    /// Makes a reboot in a guest's name; nothing where it exists, or where an operator makes it.
     fn make_reboot(&self, reboot: &SeamlessReboot) -> Result<(), StoreError>;
     /// All HostUpdates.
     fn host_updates(&self) -> Vec<HostUpdate>;
@@ -82,6 +85,10 @@ pub trait Objects: Send + Sync {
 }
 
 impl Objects for Store {
+    fn stands_alone(&self) -> bool {
+        true
+    }
+
     fn guests(&self) -> Vec<Guest> {
         self.list()
     }

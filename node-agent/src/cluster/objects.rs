@@ -1,0 +1,277 @@
+//! Specs and status for the engines of an agent on a cluster. They read and write the store of files as they do
+//! stand-alone, so that they go on when the API server is away; what an operator does in a cluster is left to it.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use understudy_api::conditions::{self, Wanted};
+use understudy_api::node_update::Origin;
+use understudy_api::{
+    Guest, GuestStatus, HostStatus, HostUpdate, HostUpdateStatus, NodeUpdate, NodeUpdateStatus,
+    SeamlessReboot, SeamlessRebootStatus,
+};
+
+use super::access::Access;
+use super::released::Released;
+use crate::durable::{self, DurableError};
+use crate::store::{Key, Mirrored, Object, Objects, Store, StoreError};
+
+/// Condition of a Host: it has guests or operations that are not assigned to it.
+pub const ORPHANS: &str = "Orphans";
+/// Most orphans that a message names.
+const MAX_NAMED: usize = 10;
+
+/// What runs on a node and is not assigned to it, as `Kind namespace/name`: the agent notes it in its state directory.
+pub fn orphans(state_dir: &Path) -> Result<BTreeSet<String>, DurableError> {
+    Ok(durable::read_json(&orphans_path(state_dir))?.unwrap_or_default())
+}
+
+fn orphans_path(state_dir: &Path) -> PathBuf {
+    state_dir.join("cluster").join("orphans.json")
+}
+
+/// The objects of a node of a cluster.
+#[derive(Debug)]
+pub struct Cluster {
+    state_dir: PathBuf,
+    store: Store,
+    released: Released,
+    node: Mutex<(String, String)>,
+    orphans: Mutex<BTreeSet<String>>,
+}
+
+impl Cluster {
+    /// The objects in `store`, which lies beneath `state_dir`, of the node that `access` names.
+    pub fn open(store: Store, state_dir: &Path, access: &Access) -> Result<Cluster, StoreError> {
+        Ok(Cluster {
+            state_dir: state_dir.to_owned(),
+            store,
+            released: Released::open(state_dir)?,
+            node: Mutex::new((access.node_name.clone(), access.node_uid.clone())),
+            orphans: Mutex::new(orphans(state_dir)?),
+        })
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Guests that were deleted here.
+    pub fn released(&self) -> &Released {
+        &self.released
+    }
+
+    /// Name of the node.
+    pub fn node_name(&self) -> String {
+        lock(&self.node).0.clone()
+    }
+
+    /// UID of its Node.
+    pub fn node_uid(&self) -> String {
+        lock(&self.node).1.clone()
+    }
+
+    /// The Node was made anew.
+    pub fn set_node_uid(&self, uid: &str) {
+        lock(&self.node).1 = uid.to_owned();
+        self.store.ring();
+    }
+
+    /// What runs here and is not assigned to this node, as `Kind namespace/name`.
+    pub fn orphans(&self) -> BTreeSet<String> {
+        lock(&self.orphans).clone()
+    }
+
+    /// Tells what runs here and is not assigned to this node.
+    pub fn set_orphans(&self, orphans: BTreeSet<String>) {
+        let mut there = lock(&self.orphans);
+        for orphan in orphans.difference(&there) {
+            tracing::warn!(
+                "{orphan} is not in the API server, or not assigned to this node: it goes on; `understudy-node delete` on this node ends it"
+            );
+        }
+        for orphan in there.difference(&orphans) {
+            tracing::info!("{orphan} is no orphan any more");
+        }
+        if *there != orphans
+            && let Err(error) = durable::write_json(&orphans_path(&self.state_dir), &orphans)
+        {
+            tracing::error!(%error, "what is not assigned to this node could not be noted");
+        }
+        *there = orphans;
+    }
+
+    fn write_host(&self, status: &mut HostStatus, now: Timestamp) {
+        status.node_uid = Some(self.node_uid());
+        let orphans = self.orphans();
+        let named: Vec<&str> = orphans.iter().take(MAX_NAMED).map(String::as_str).collect();
+        let more = match orphans.len().saturating_sub(MAX_NAMED) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        let message = match orphans.is_empty() {
+            true => String::new(),
+            false => format!(
+                "{}{more}: not in the API server, or not assigned to this node; each goes on until `understudy-node delete` on the node ends it",
+                named.join(", ")
+            ),
+        };
+        let wanted = Wanted {
+            kind: ORPHANS,
+            status: Some(!orphans.is_empty()),
+            reason: if orphans.is_empty() { "None" } else { "NotAssigned" },
+            message: &message,
+        };
+        conditions::set(&mut status.conditions, 1, now, &[wanted]);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Objects for Cluster {
+    fn stands_alone(&self) -> bool {
+        false
+    }
+
+    fn guests(&self) -> Vec<Guest> {
+        self.store.guests()
+    }
+
+    fn guest(&self, key: &Key) -> Result<Option<Guest>, StoreError> {
+        self.store.guest(key)
+    }
+
+    fn reboots(&self) -> Vec<SeamlessReboot> {
+        self.store.reboots()
+    }
+
+    fn reboot(&self, key: &Key) -> Result<Option<SeamlessReboot>, StoreError> {
+        self.store.reboot(key)
+    }
+
+    fn report_guest(
+        &self,
+        key: &Key,
+        uid: &str,
+        durable: bool,
+        change: &mut dyn FnMut(&mut GuestStatus),
+    ) -> Result<(), StoreError> {
+        self.store.report_guest(key, uid, durable, change)
+    }
+
+    fn report_reboot(
+        &self,
+        key: &Key,
+        uid: &str,
+        durable: bool,
+        change: &mut dyn FnMut(&mut SeamlessRebootStatus),
+    ) -> Result<(), StoreError> {
+        self.store.report_reboot(key, uid, durable, change)
+    }
+
+    /// The record that it was released is durable before the object goes: in between, the guest is deleted again,
+    /// which finds nothing.
+    fn guest_gone(&self, key: &Key, uid: &str) -> Result<(), StoreError> {
+        if let Some(guest) = self.store.guest(key)?.filter(|guest| guest.uid() == uid) {
+            self.released.put(&guest, Timestamp::now())?;
+        }
+        self.store.mirror::<Guest>(key, |there| match there {
+            Some(guest) if guest.uid() == uid => Mirrored::Gone,
+            _ => Mirrored::Unchanged,
+        })?;
+        Ok(())
+    }
+
+    /// The operator removes it; the local one goes when it is gone.
+    fn reboot_gone(&self, _: &Key, _: &str) -> Result<(), StoreError> {
+        Ok(())
+    }
+
+    /// The operator makes it: the guest's status asks for it.
+    fn make_reboot(&self, _: &SeamlessReboot) -> Result<(), StoreError> {
+        Ok(())
+    }
+
+    /// Roll-outs are the operator's; an agent sees its own NodeUpdates only.
+    fn host_updates(&self) -> Vec<HostUpdate> {
+        Vec::new()
+    }
+
+    fn host_update(&self, _: &str) -> Result<Option<HostUpdate>, StoreError> {
+        Ok(None)
+    }
+
+    fn node_updates(&self) -> Vec<NodeUpdate> {
+        self.store.node_updates()
+    }
+
+    fn node_update(&self, name: &str) -> Result<Option<NodeUpdate>, StoreError> {
+        self.store.node_update(name)
+    }
+
+    /// Only for a reboot that the host has begun: it waits for nobody.
+    fn make_node_update(&self, update: &NodeUpdate) -> Result<Option<NodeUpdate>, StoreError> {
+        match update.spec.origin {
+            Origin::Host => self.store.make_node_update(update),
+            Origin::HostUpdate => Ok(None),
+        }
+    }
+
+    fn report_host_update(
+        &self,
+        _: &str,
+        _: &str,
+        _: &mut dyn FnMut(&mut HostUpdateStatus),
+    ) -> Result<(), StoreError> {
+        Ok(())
+    }
+
+    fn report_node_update(
+        &self,
+        name: &str,
+        uid: &str,
+        durable: bool,
+        change: &mut dyn FnMut(&mut NodeUpdateStatus),
+    ) -> Result<(), StoreError> {
+        self.store.report_node_update(name, uid, durable, change)
+    }
+
+    fn report_host(&self, name: &str, change: &mut dyn FnMut(&mut HostStatus)) -> Result<(), StoreError> {
+        self.store.report_host(name, &mut |status| {
+            change(status);
+            self.write_host(status, Timestamp::now());
+        })
+    }
+
+    fn host_update_gone(&self, _: &str, _: &str) -> Result<(), StoreError> {
+        Ok(())
+    }
+
+    /// Of those that the host began, the outdated go here, whoever has seen them.
+    fn node_update_gone(&self, name: &str, uid: &str) -> Result<(), StoreError> {
+        self.store
+            .mirror::<NodeUpdate>(&Key::new("", name), |there| match there {
+                Some(update) if update.uid() == uid && update.spec.origin == Origin::Host => Mirrored::Gone,
+                _ => Mirrored::Unchanged,
+            })?;
+        Ok(())
+    }
+
+    fn wait(&self, seen: u64, limit: Duration) -> u64 {
+        self.store.wait(seen, limit)
+    }
+
+    fn wake(&self) {
+        self.store.ring();
+    }
+}
+
+#[cfg(test)]
+#[path = "objects_test.rs"]
+mod tests;
