@@ -42,6 +42,7 @@ fn update(name: &str, origin: Origin) -> NodeUpdate {
             origin,
             host_update: None,
             reason: None,
+            drain: None,
             update: None,
             expect: None,
             reboot: Default::default(),

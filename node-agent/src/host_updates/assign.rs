@@ -4,11 +4,11 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
+use understudy_api::NodeUpdate;
 use understudy_api::conditions::{self, Wanted, reasons, types};
 use understudy_api::host_update::{HostUpdateStatus, UpdatedNode};
 use understudy_api::node_update::{NodeUpdateSpec, Origin};
 use understudy_api::rollout::{Seen, Want};
-use understudy_api::{HostUpdate, NodeUpdate};
 
 use crate::store::Object;
 
@@ -127,7 +127,7 @@ mod tests {
     use understudy_api::host_update::{HostExpect, HostUpdateAction, HostUpdateActionKind, HostUpdateSpec};
     use understudy_api::rollout::want;
     use understudy_api::window::Window;
-    use understudy_api::{NodeUpdatePhase, NodeUpdateStatus, Time};
+    use understudy_api::{HostUpdate, NodeUpdatePhase, NodeUpdateStatus, Time};
 
     use super::*;
 

@@ -500,6 +500,7 @@ async fn a_reboot_of_the_host_is_reported_by_its_name(server: Arc<Server>) -> Re
         origin,
         host_update: None,
         reason: Some("reboot".into()),
+        drain: None,
         update: None,
         expect: None,
         reboot: Default::default(),
