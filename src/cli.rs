@@ -87,7 +87,9 @@ pub fn main() -> ExitCode {
         return ExitCode::FAILURE;
     };
     let settings = cli.settings;
-    let filter = match EnvFilter::try_new(&settings.log_level) {
+    // What it says of a failed connection our own lines say with what was tried.
+    let directives = format!("{},kube_client::client::builder=off", settings.log_level);
+    let filter = match EnvFilter::try_new(directives) {
         Ok(filter) => filter,
         Err(error) => {
             eprintln!("understudy: --log-level {:?}: {error}", settings.log_level);

@@ -17,10 +17,13 @@ use tracing_subscriber::{EnvFilter, fmt as stderr};
 /// A guest's log is moved to `agent.log.1` at this size.
 const MAX_LOG: u64 = 4 << 20;
 
+/// What is logged by default. What the client says of a failed connection our own lines say with what was tried.
+const DEFAULT: &str = "info,kube_client::client::builder=off";
+
 /// Begins logging; `RUST_LOG` selects, `info` is the default. With `state_dir`, events with a field
 /// `guest` go into `<state_dir>/logs/<namespace>/<name>/agent.log` as well.
 pub fn init(state_dir: Option<&Path>) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT));
     let guests = state_dir.map(|dir| GuestLogs {
         dir: dir.join("logs"),
         turn: Mutex::default(),

@@ -177,8 +177,25 @@ impl Machine {
 
     /// Puts the agent's configuration on the machine and starts the agent.
     pub fn start_agent(&mut self) -> Result<()> {
+        self.start_agent_with("")
+    }
+
+    /// As [`Machine::start_agent`], for a cluster that `access` leads to: the file that the agent's Pod writes.
+    pub fn start_agent_on_cluster(&mut self, access: &Value) -> Result<()> {
+        let Place::Node(node) = &self.place else {
+            bail!("an agent on a cluster has a node VM");
+        };
+        let dir = format!("{STATE}/cluster");
+        node.ssh().run(&format!("mkdir -p {dir}"))?;
+        node.ssh()
+            .write(&format!("{dir}/access.json"), &access.to_string())?;
+        node.ssh().run(&format!("chmod 600 {dir}/access.json"))?;
+        self.start_agent_with("mode: Cluster\n")
+    }
+
+    fn start_agent_with(&mut self, more: &str) -> Result<()> {
         let config = format!(
-            "stateDir: {}\nrunDir: {}\nmanifestsDir: {}\ndisksDir: {}\nvmm: {}\nnamespaces:\n  default:\n    bridges: [br0]\n",
+            "stateDir: {}\nrunDir: {}\nmanifestsDir: {}\ndisksDir: {}\nvmm: {}\nnamespaces:\n  default:\n    bridges: [br0]\n{more}",
             self.path(STATE),
             self.run_dir(),
             self.path(MANIFESTS),

@@ -10,6 +10,8 @@ mod chart_render;
 mod chart_rights;
 mod control_plane;
 mod crds;
+mod link;
+mod link_server;
 mod rules;
 mod samples;
 
@@ -62,6 +64,42 @@ const TESTS: &[Test] = &[
     (
         "an_api_server_that_was_away_has_lost_nothing",
         control_plane::an_api_server_that_was_away_has_lost_nothing,
+    ),
+    (
+        "link_what_is_assigned_comes_in_and_what_happens_goes_out",
+        link::link_what_is_assigned_comes_in_and_what_happens_goes_out,
+    ),
+    (
+        "link_a_phase_is_written_once_and_progress_seldom",
+        link::link_a_phase_is_written_once_and_progress_seldom,
+    ),
+    (
+        "link_what_happens_while_the_api_server_is_away_is_told_when_it_is_back",
+        link::link_what_happens_while_the_api_server_is_away_is_told_when_it_is_back,
+    ),
+    (
+        "link_a_token_that_is_refused_is_an_api_server_that_is_away",
+        link::link_a_token_that_is_refused_is_an_api_server_that_is_away,
+    ),
+    (
+        "link_somebody_elses_field_is_not_forced",
+        link::link_somebody_elses_field_is_not_forced,
+    ),
+    (
+        "link_a_deleted_guest_is_released_even_by_an_agent_that_died_in_between",
+        link::link_a_deleted_guest_is_released_even_by_an_agent_that_died_in_between,
+    ),
+    (
+        "link_absence_destroys_nothing_and_another_guest_of_the_name_waits",
+        link::link_absence_destroys_nothing_and_another_guest_of_the_name_waits,
+    ),
+    (
+        "link_a_reboot_of_the_host_is_reported_by_its_name",
+        link::link_a_reboot_of_the_host_is_reported_by_its_name,
+    ),
+    (
+        "link_what_was_over_before_the_state_was_lost_never_runs_again",
+        link::link_what_was_over_before_the_state_was_lost_never_runs_again,
     ),
 ];
 

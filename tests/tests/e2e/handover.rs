@@ -13,11 +13,11 @@ use understudy_tests::machine::{Machine, condition_is};
 use crate::guest::{GUEST, Guest};
 
 /// A clone boots in a minute beside its busy guest under emulation.
-const REBOOT_LIMIT: Duration = Duration::from_secs(900);
-const QUIET: Duration = Duration::from_secs(5);
+pub const REBOOT_LIMIT: Duration = Duration::from_secs(900);
+pub const QUIET: Duration = Duration::from_secs(5);
 /// The client's requests: often enough to see what happens, seldom enough that an emulated guest has time for
 /// something else.
-const OFTEN: Duration = Duration::from_millis(50);
+pub const OFTEN: Duration = Duration::from_millis(50);
 
 /// Steps before the commit point: the agent dies before and after each of them. Not here: `Split`, whose
 /// outcome a new agent does not trust, and what holds the guest, which is taken back each time, of which

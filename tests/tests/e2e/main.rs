@@ -4,6 +4,7 @@
 //! Plain `cargo test` shows them as ignored, since they need root and a node: `UNDERSTUDY_E2E=1` is
 //! what `make` sets.
 
+mod cluster;
 mod guest;
 mod handover;
 mod host;
@@ -43,6 +44,10 @@ const TESTS: &[Test] = &[
     (
         "a_host_update_resumes_every_session",
         host::a_host_update_resumes_every_session,
+    ),
+    (
+        "a_guest_of_a_cluster_is_rebooted_while_its_api_server_is_away",
+        cluster::a_guest_of_a_cluster_is_rebooted_while_its_api_server_is_away,
     ),
 ];
 

@@ -3,16 +3,12 @@
 //! same trait.
 #![allow(clippy::expect_used, clippy::unwrap_used)] // A failed expectation is a failed test.
 
-mod server;
-
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use jiff::Timestamp;
 use kube::api::{Api, DeleteParams, DynamicObject, Patch, PatchParams};
-use libtest_mimic::{Arguments, Trial};
 use serde_json::{Value, json};
 use understudy_api::conditions::{self, types};
 use understudy_api::guest::{DeletionPolicy, GuestPhase};
@@ -22,15 +18,17 @@ use understudy_node::cluster::reports::MANAGER;
 use understudy_node::cluster::{Access, Cluster, Link, access};
 use understudy_node::store::{Key, Object, Objects, Store};
 
-use server::{Server, api, apply_status, make};
+use understudy_tests::cluster::Context as Test;
+
+use crate::link_server::{Server, api, apply_status, make};
 
 const LIMIT: Duration = Duration::from_secs(60);
 const OURS: &str = "understudy.dev/v1alpha1";
 const OPERATOR: &str = "understudy-operator";
 
 /// An agent without engines, and an administrator.
-struct Bed {
-    server: Arc<Server>,
+struct Bed<'run> {
+    server: Arc<Server<'run>>,
     access: Access,
     admin: kube::Client,
     dir: tempfile::TempDir,
@@ -38,9 +36,9 @@ struct Bed {
     link: Option<Link>,
 }
 
-impl Bed {
-    async fn new(server: &Arc<Server>, node: &str) -> Result<Bed> {
-        let access = server.node(node).await?;
+impl<'run> Bed<'run> {
+    async fn new(server: &Arc<Server<'run>>, node: &str) -> Result<Bed<'run>> {
+        let access = server.node(node)?;
         let dir = tempfile::tempdir()?;
         access::write(dir.path(), &access)?;
         let cluster = open(&dir, &access)?;
@@ -188,7 +186,7 @@ async fn until<T>(what: &str, look: impl AsyncFn() -> Result<Option<T>>) -> Resu
     bail!("gave up waiting for {what}{trouble}")
 }
 
-async fn what_is_assigned_comes_in_and_what_happens_goes_out(server: Arc<Server>) -> Result<()> {
+async fn what_is_assigned_comes_in_and_what_happens_goes_out(server: Arc<Server<'_>>) -> Result<()> {
     let bed = Bed::new(&server, "flow").await?;
     let host = until("the Host", async || {
         let host = bed.api("Host").get_opt("flow").await?;
@@ -258,7 +256,7 @@ async fn what_is_assigned_comes_in_and_what_happens_goes_out(server: Arc<Server>
     .await
 }
 
-async fn a_phase_is_written_once_and_progress_seldom(server: Arc<Server>) -> Result<()> {
+async fn a_phase_is_written_once_and_progress_seldom(server: Arc<Server<'_>>) -> Result<()> {
     let bed = Bed::new(&server, "pace").await?;
     let guest = bed.guest("pace").await?;
     bed.tell_guest(&guest, GuestPhase::Running, None)?;
@@ -318,14 +316,14 @@ async fn a_phase_is_written_once_and_progress_seldom(server: Arc<Server>) -> Res
 }
 
 async fn what_happens_while_the_api_server_is_away_is_told_when_it_is_back(
-    server: Arc<Server>,
+    server: Arc<Server<'_>>,
 ) -> Result<()> {
     let bed = Bed::new(&server, "away").await?;
     let guest = bed.guest("away").await?;
     let reboot = bed.reboot("away", "away").await?;
     bed.tell_guest(&guest, GuestPhase::Running, None)?;
     bed.reported("Guest", "away", "Running").await?;
-    bed.server.stop_api();
+    bed.server.stop_api()?;
     let key = reboot.key();
     for phase in [Phase::Confirmed, Phase::Cloning, Phase::Rebooting] {
         bed.cluster
@@ -351,7 +349,7 @@ async fn what_happens_while_the_api_server_is_away_is_told_when_it_is_back(
     Ok(())
 }
 
-async fn a_token_that_is_refused_is_an_api_server_that_is_away(server: Arc<Server>) -> Result<()> {
+async fn a_token_that_is_refused_is_an_api_server_that_is_away(server: Arc<Server<'_>>) -> Result<()> {
     let bed = Bed::new(&server, "token").await?;
     let guest = bed.guest("token").await?;
     bed.tell_guest(&guest, GuestPhase::Booting, None)?;
@@ -370,7 +368,7 @@ async fn a_token_that_is_refused_is_an_api_server_that_is_away(server: Arc<Serve
     Ok(())
 }
 
-async fn somebody_elses_field_is_not_forced(server: Arc<Server>) -> Result<()> {
+async fn somebody_elses_field_is_not_forced(server: Arc<Server<'_>>) -> Result<()> {
     let bed = Bed::new(&server, "conflict").await?;
     let guest = bed.guest("conflict").await?;
     bed.tell_guest(&guest, GuestPhase::Booting, None)?;
@@ -407,7 +405,7 @@ async fn somebody_elses_field_is_not_forced(server: Arc<Server>) -> Result<()> {
 }
 
 async fn a_deleted_guest_is_released_even_by_an_agent_that_died_in_between(
-    server: Arc<Server>,
+    server: Arc<Server<'_>>,
 ) -> Result<()> {
     let mut bed = Bed::new(&server, "delete").await?;
     let guest = bed.guest("delete").await?;
@@ -442,7 +440,7 @@ async fn a_deleted_guest_is_released_even_by_an_agent_that_died_in_between(
     .await
 }
 
-async fn absence_destroys_nothing_and_another_guest_of_the_name_waits(server: Arc<Server>) -> Result<()> {
+async fn absence_destroys_nothing_and_another_guest_of_the_name_waits(server: Arc<Server<'_>>) -> Result<()> {
     let mut bed = Bed::new(&server, "absent").await?;
     let guest = bed.guest("absent").await?;
     bed.tell_guest(&guest, GuestPhase::Running, None)?;
@@ -493,7 +491,7 @@ async fn absence_destroys_nothing_and_another_guest_of_the_name_waits(server: Ar
     Ok(())
 }
 
-async fn a_reboot_of_the_host_is_reported_by_its_name(server: Arc<Server>) -> Result<()> {
+async fn a_reboot_of_the_host_is_reported_by_its_name(server: Arc<Server<'_>>) -> Result<()> {
     let bed = Bed::new(&server, "hostgoes").await?;
     let spec = |origin| NodeUpdateSpec {
         node_name: "hostgoes".into(),
@@ -542,7 +540,7 @@ async fn a_reboot_of_the_host_is_reported_by_its_name(server: Arc<Server>) -> Re
     .await
 }
 
-async fn what_was_over_before_the_state_was_lost_never_runs_again(server: Arc<Server>) -> Result<()> {
+async fn what_was_over_before_the_state_was_lost_never_runs_again(server: Arc<Server<'_>>) -> Result<()> {
     let mut bed = Bed::new(&server, "lost").await?;
     let over = bed.reboot("lost-over", "lost").await?;
     let begun = bed.reboot("lost-begun", "lost").await?;
@@ -574,49 +572,31 @@ async fn what_was_over_before_the_state_was_lost_never_runs_again(server: Arc<Se
     Ok(())
 }
 
-fn main() {
-    let arguments = Arguments::from_args();
-    let binaries = std::env::var_os("UNDERSTUDY_KUBE").map(PathBuf::from);
-    let server = binaries.filter(|_| !arguments.list).map(|binaries| {
-        let server = Server::start(&binaries).expect("an API server");
-        block_on(server.prepare()).expect("an API server that is prepared");
-        Arc::new(server)
-    });
-    macro_rules! trials {
-        ($($name:ident),* $(,)?) => {
-            vec![$({
-                let server = server.clone();
-                Trial::test(stringify!($name), move || {
-                    let server = server.ok_or("UNDERSTUDY_KUBE names no directory of etcd and kube-apiserver")?;
-                    block_on($name(server)).map_err(|error| format!("{error:#}").into())
-                })
-                .with_ignored_flag(std::env::var_os("UNDERSTUDY_KUBE").is_none())
-            }),*]
-        };
-    }
-    let trials = trials![
-        what_is_assigned_comes_in_and_what_happens_goes_out,
-        a_phase_is_written_once_and_progress_seldom,
-        what_happens_while_the_api_server_is_away_is_told_when_it_is_back,
-        a_token_that_is_refused_is_an_api_server_that_is_away,
-        somebody_elses_field_is_not_forced,
-        a_deleted_guest_is_released_even_by_an_agent_that_died_in_between,
-        absence_destroys_nothing_and_another_guest_of_the_name_waits,
-        a_reboot_of_the_host_is_reported_by_its_name,
-        what_was_over_before_the_state_was_lost_never_runs_again,
-    ];
-    let mut arguments = arguments;
-    // One of them takes the server away.
-    arguments.test_threads = Some(1);
-    let done = libtest_mimic::run(&arguments, trials);
-    drop(server);
-    done.exit();
-}
-
-fn block_on<T>(future: impl Future<Output = T>) -> T {
+fn run(future: impl Future<Output = Result<()>>) -> Result<()> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .expect("a runtime")
+        .context("cannot start a runtime")?
         .block_on(future)
+}
+
+/// Tests of the target: each on the control plane that all share, or, where it stops the API server, on its own.
+macro_rules! tests {
+    ($($plane:ident $name:ident = $scenario:ident;)*) => {
+        $(pub fn $name(test: &Test) -> Result<()> {
+            run(async { $scenario(Arc::new(Server::$plane(test).await?)).await })
+        })*
+    };
+}
+
+tests! {
+    shared link_what_is_assigned_comes_in_and_what_happens_goes_out = what_is_assigned_comes_in_and_what_happens_goes_out;
+    shared link_a_phase_is_written_once_and_progress_seldom = a_phase_is_written_once_and_progress_seldom;
+    own link_what_happens_while_the_api_server_is_away_is_told_when_it_is_back = what_happens_while_the_api_server_is_away_is_told_when_it_is_back;
+    shared link_a_token_that_is_refused_is_an_api_server_that_is_away = a_token_that_is_refused_is_an_api_server_that_is_away;
+    shared link_somebody_elses_field_is_not_forced = somebody_elses_field_is_not_forced;
+    shared link_a_deleted_guest_is_released_even_by_an_agent_that_died_in_between = a_deleted_guest_is_released_even_by_an_agent_that_died_in_between;
+    shared link_absence_destroys_nothing_and_another_guest_of_the_name_waits = absence_destroys_nothing_and_another_guest_of_the_name_waits;
+    shared link_a_reboot_of_the_host_is_reported_by_its_name = a_reboot_of_the_host_is_reported_by_its_name;
+    shared link_what_was_over_before_the_state_was_lost_never_runs_again = what_was_over_before_the_state_was_lost_never_runs_again;
 }
