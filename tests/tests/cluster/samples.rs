@@ -33,6 +33,9 @@ pub fn good(kind: Kind, name: &str) -> Value {
         Kind::HostUpdate => (
             how_to_update(json!({
                 "nodeSelector": {"matchLabels": {"kubernetes.io/hostname": "node-a"}},
+                "maxUnavailable": "50%", "maxFailures": 2, "returnTimeout": "30m",
+                "window": {"timeZone": "Europe/Berlin", "days": ["Sunday"], "start": "22:00", "end": "04:00"},
+                "blockers": [{"name": "backups", "pods": {"namespace": "backup", "matchLabels": {"app": "backup"}}}],
             })),
             json!({}),
         ),
@@ -53,6 +56,7 @@ pub fn good(kind: Kind, name: &str) -> Value {
 fn how_to_update(mut spec: Value) -> Value {
     spec["update"] = json!({"command": ["/usr/bin/true", ""], "timeout": "30m"});
     spec["expect"] = json!({"kernelRelease": "6.1.0-50-amd64"});
+    spec["drain"] = json!({"timeout": "10m"});
     spec["reboot"] = json!({"method": "Command", "command": ["/sbin/reboot"], "timeout": "10m"});
     spec["sessions"] = json!({"store": "Disk", "credentialProvider": "file", "timeout": "1h"});
     spec
