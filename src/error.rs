@@ -102,6 +102,33 @@ impl Error {
         }
     }
 
+    /// Whether what was written is not there.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self.refusal(), Some(status) if status.code == 404)
+    }
+
+    /// The API server's own words, where it has answered.
+    pub fn answer(&self) -> Option<&str> {
+        match self {
+            Error::Conflict { message, .. }
+            | Error::Forbidden { message, .. }
+            | Error::Refused { message, .. } => Some(message),
+            Error::Changed { .. } => Some("it has changed meanwhile"),
+            Error::NotLeading { .. } | Error::TooLate { .. } | Error::Encode { .. } => None,
+            Error::Api { .. } => self.refusal().map(|status| status.message.as_str()),
+        }
+    }
+
+    fn refusal(&self) -> Option<&kube::core::Status> {
+        match self {
+            Error::Api { source, .. } => match source.as_ref() {
+                kube::Error::Api(status) => Some(status),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
     /// Whether the object's own reader should see it: what passes by itself is only logged and counted.
     pub fn concerns_user(&self) -> bool {
         matches!(

@@ -12,9 +12,10 @@ use tokio::sync::mpsc;
 use understudy_api::conditions::{reasons, types};
 use understudy_api::{GROUP, VERSION};
 
-use crate::MANAGER;
 use crate::controller::Context;
+use crate::error::Error;
 use crate::world::Invalid;
+use understudy_api::managers::OPERATOR;
 
 /// Tells of every object that comes through `queue`.
 pub async fn report(mut queue: mpsc::Receiver<Invalid>, context: Arc<Context>) {
@@ -28,15 +29,20 @@ pub async fn report(mut queue: mpsc::Receiver<Invalid>, context: Arc<Context>) {
         if told.get(&uid) == Some(&invalid.object.error) {
             continue;
         }
-        told.insert(uid, invalid.object.error.clone());
         // Nodes are not ours to write on.
-        if invalid.kind != "Node" {
-            tell(&invalid, &context).await;
+        if invalid.kind != "Node"
+            && let Err(error) = tell(&invalid, &context).await
+        {
+            // It is tried again when the object is seen again: with the next listing at the latest.
+            let name = invalid.object.metadata.name.as_deref();
+            tracing::warn!(kind = invalid.kind, name, %error, "that an object is invalid could not be told on it");
+            continue;
         }
+        told.insert(uid, invalid.object.error.clone());
     }
 }
 
-async fn tell(invalid: &Invalid, context: &Context) {
+async fn tell(invalid: &Invalid, context: &Context) -> Result<(), Error> {
     let kind = GroupVersionKind::gvk(GROUP, VERSION, &invalid.kind);
     let resource = ApiResource::from_gvk_with_plural(&kind, &invalid.plural);
     let mut object = DynamicObject::new("", &resource);
@@ -47,21 +53,11 @@ async fn tell(invalid: &Invalid, context: &Context) {
         Some(namespace) => Api::namespaced_with(client, &namespace, &resource),
         None => Api::all_with(client, &resource),
     };
-    if context
-        .writer
-        .admit("telling of an invalid object")
-        .await
-        .is_err()
-    {
-        return;
-    }
-    let parameters = PatchParams::apply(MANAGER);
-    let patched = api
-        .patch_status(&name, &parameters, &Patch::Apply(status(&object, invalid)))
-        .await;
-    if let Err(error) = patched {
-        tracing::warn!(kind = invalid.kind, name, %error, "that an object is invalid could not be told on it");
-    }
+    let parameters = PatchParams::apply(OPERATOR);
+    let patch = Patch::Apply(status(&object, invalid));
+    let write = api.patch_status(&name, &parameters, &patch);
+    let action = format!("telling that {} {name} is invalid", invalid.kind);
+    context.writer.fenced(&action, write).await.map(drop)
 }
 
 fn status(object: &DynamicObject, invalid: &Invalid) -> Value {

@@ -26,8 +26,3 @@ pub mod seamless_reboot;
 pub mod server;
 pub mod world;
 pub mod write;
-
-/// The operator's field manager.
-pub const MANAGER: &str = "understudy-operator";
-/// The agents' field manager.
-pub const AGENT: &str = "understudy-node";

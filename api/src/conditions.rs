@@ -34,6 +34,11 @@ pub mod types {
     pub const UNCORDONED: &str = "Uncordoned";
     /// A reboot that the host begins would wait until all sessions are saved.
     pub const SESSIONS_SAFE: &str = "SessionsSafe";
+    /// A Host has guests or operations that are not assigned to it.
+    pub const ORPHANS: &str = "Orphans";
+
+    /// Those that the operator writes on objects that are assigned to nodes; all others of them are the agent's.
+    pub const OPERATORS: [&str; 5] = [ACCEPTED, AGENT_AVAILABLE, CORDONED, DRAINED, UNCORDONED];
 }
 
 /// Reasons, in one word each. Part of the API: they are matched by scripts.

@@ -41,6 +41,14 @@ pub const VERSION: &str = "v1alpha1";
 /// `apiVersion` of a manifest.
 pub const API_VERSION: &str = "understudy.dev/v1alpha1";
 
+/// Field managers: who has written what, by server-side apply.
+pub mod managers {
+    /// The operator.
+    pub const OPERATOR: &str = "understudy-operator";
+    /// The node agents.
+    pub const AGENT: &str = "understudy-node";
+}
+
 /// `observedGeneration` of a status that nobody has written yet.
 fn never_observed() -> i64 {
     -1

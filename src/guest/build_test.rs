@@ -2,7 +2,7 @@ use serde_json::Value;
 use understudy_api::Host;
 
 use super::*;
-use crate::{AGENT, MANAGER};
+use understudy_api::managers::{AGENT, OPERATOR};
 
 fn now() -> Timestamp {
     Timestamp::from_second(2_000_000_000).unwrap()
@@ -198,7 +198,7 @@ fn what_was_applied_is_not_applied_again() {
         .map(|key| (format!("f:{key}"), json!({})))
         .collect();
     fields.insert("f:conditions".into(), Value::Object(owned));
-    let managed = json!([{"manager": MANAGER, "operation": "Apply", "subresource": "status",
+    let managed = json!([{"manager": OPERATOR, "operation": "Apply", "subresource": "status",
         "fieldsType": "FieldsV1", "fieldsV1": {"f:status": fields}}]);
     let stored = guest(json!({"metadata": {"managedFields": managed}, "status": first.fields}));
     let again = build(

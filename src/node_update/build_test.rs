@@ -3,7 +3,7 @@ use understudy_api::Host;
 
 use super::*;
 use crate::place::CORDONED_FOR;
-use crate::{AGENT, MANAGER};
+use understudy_api::managers::{AGENT, OPERATOR};
 
 fn at(second: i64) -> Timestamp {
     Timestamp::from_second(1_767_225_600 + second).unwrap()
@@ -204,7 +204,7 @@ fn one_node_update_of_a_node_at_a_time() {
 
 #[test]
 fn the_end_that_the_operator_has_written_stays_its_own_word_by_word() {
-    let owned = json!([{"manager": MANAGER, "operation": "Apply", "subresource": "status", "fieldsType": "FieldsV1",
+    let owned = json!([{"manager": OPERATOR, "operation": "Apply", "subresource": "status", "fieldsType": "FieldsV1",
         "fieldsV1": {"f:status": {"f:phase": {}}}}]);
     let ended = update(
         "k-1",

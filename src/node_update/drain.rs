@@ -28,14 +28,22 @@ pub async fn pass(node: &str, context: &Context) -> Result<Pods, Error> {
         let namespace = pod.namespace().unwrap_or_default();
         let name = format!("{namespace}/{}", pod.name_any());
         if pod.metadata.deletion_timestamp.is_none() {
-            context.writer.admit(&format!("evicting Pod {name}")).await?;
             let api: Api<Pod> = Api::namespaced(client.clone(), &namespace);
-            match api.evict(&pod.name_any(), &EvictParams::default()).await {
+            let pod_name = pod.name_any();
+            let parameters = EvictParams::default();
+            let eviction = api.evict(&pod_name, &parameters);
+            let evicted = context
+                .writer
+                .fenced(&format!("evicting Pod {name}"), eviction)
+                .await;
+            match evicted {
                 Ok(_) => tracing::info!(node, pod = name, "evicted"),
-                Err(kube::Error::Api(status)) if status.code == 404 => continue,
-                // 429: a disruption budget does not allow it now. Others may be gone nevertheless.
-                Err(kube::Error::Api(status)) => found.blocked.push((name.clone(), status.message.clone())),
-                Err(error) => return Err(Error::from_kube(&format!("evicting Pod {name}"), error)),
+                Err(error) if error.is_not_found() => continue,
+                Err(error) => match error.answer() {
+                    // 429: a disruption budget does not allow it now. Others may be gone nevertheless.
+                    Some(words) => found.blocked.push((name.clone(), words.to_owned())),
+                    None => return Err(error),
+                },
             }
         }
         found.left.push(name);

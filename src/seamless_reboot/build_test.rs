@@ -2,7 +2,7 @@ use serde_json::Value;
 use understudy_api::Host;
 
 use super::*;
-use crate::AGENT;
+use understudy_api::managers::AGENT;
 
 fn at(second: i64) -> Timestamp {
     Timestamp::from_second(1_767_225_600 + second).unwrap()

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use understudy_api::conditions::{self, Wanted};
 use understudy_api::{Condition, ObjectMeta};
 
-use crate::{AGENT, MANAGER};
+use understudy_api::managers::{AGENT, OPERATOR};
 
 /// Whether an agent has written this object's status: the claim.
 pub fn is_claimed(meta: &ObjectMeta) -> bool {
@@ -19,7 +19,7 @@ pub fn is_claimed(meta: &ObjectMeta) -> bool {
 /// What the operator owns by apply: of the status, or of the object itself.
 fn owned(meta: &ObjectMeta, subresource: Option<&str>) -> Option<Value> {
     let entry = meta.managed_fields.iter().flatten().find(|entry| {
-        entry.manager.as_deref() == Some(MANAGER)
+        entry.manager.as_deref() == Some(OPERATOR)
             && entry.operation.as_deref() == Some("Apply")
             && entry.subresource.as_deref() == subresource
     })?;
@@ -115,9 +115,9 @@ pub fn trim_managed_fields(meta: &mut ObjectMeta) {
     let Some(entries) = &mut meta.managed_fields else {
         return;
     };
-    entries.retain(|entry| matches!(entry.manager.as_deref(), Some(MANAGER | AGENT)));
+    entries.retain(|entry| matches!(entry.manager.as_deref(), Some(OPERATOR | AGENT)));
     for entry in entries.iter_mut() {
-        if entry.manager.as_deref() != Some(MANAGER) || entry.operation.as_deref() != Some("Apply") {
+        if entry.manager.as_deref() != Some(OPERATOR) || entry.operation.as_deref() != Some("Apply") {
             entry.fields_v1 = None;
         }
         entry.time = None;

@@ -8,7 +8,7 @@ fn meta(managed: Value) -> ObjectMeta {
 }
 
 fn ours(fields: Value) -> Value {
-    json!({"manager": MANAGER, "operation": "Apply", "subresource": "status", "fieldsType": "FieldsV1",
+    json!({"manager": OPERATOR, "operation": "Apply", "subresource": "status", "fieldsType": "FieldsV1",
            "fieldsV1": {"f:status": fields}})
 }
 
@@ -67,14 +67,14 @@ fn the_claim_is_an_agents_write_of_the_status() {
     let entry = |manager: &str, subresource: &str| json!({"manager": manager, "operation": "Apply", "subresource": subresource});
     assert!(is_claimed(&meta(json!([entry(AGENT, "status")]))));
     assert!(!is_claimed(&meta(json!([entry(AGENT, "")]))));
-    assert!(!is_claimed(&meta(json!([entry(MANAGER, "status")]))));
+    assert!(!is_claimed(&meta(json!([entry(OPERATOR, "status")]))));
 }
 
 #[test]
 fn metadata_is_compared_by_what_is_there_and_what_is_ours() {
     let of = |finalizers: Value, fields: Value| -> ObjectMeta {
         serde_json::from_value(json!({"name": "web", "finalizers": finalizers, "annotations": {"n": "1"},
-            "managedFields": [{"manager": MANAGER, "operation": "Apply", "fieldsV1": {"f:metadata": fields}}]}))
+            "managedFields": [{"manager": OPERATOR, "operation": "Apply", "fieldsV1": {"f:metadata": fields}}]}))
         .unwrap()
     };
     let fields = json!({"f:finalizers": {"v:\"f\"": {}}, "f:annotations": {"f:n": {}}});

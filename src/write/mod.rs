@@ -12,13 +12,13 @@ use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::timeout_at;
 
-use crate::MANAGER;
 use crate::error::{Error, named};
 use crate::lease::Fence;
 use crate::metrics::Metrics;
 pub use limit::Limit;
+use understudy_api::managers::OPERATOR;
 
 /// A status as the operator wants it: all fields of it that are the operator's, and no others.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -59,7 +59,7 @@ impl Writer {
     /// A writer that writes only while `fence` is open. `identity` tells replicas apart in events.
     pub fn new(client: Client, fence: Fence, limit: Limit, identity: &str, metrics: Arc<Metrics>) -> Writer {
         let reporter = Reporter {
-            controller: MANAGER.to_owned(),
+            controller: OPERATOR.to_owned(),
             instance: Some(identity.to_owned()),
         };
         Writer {
@@ -90,7 +90,7 @@ impl Writer {
         }
         let parameters = PatchParams {
             force: status.force,
-            ..PatchParams::apply(MANAGER)
+            ..PatchParams::apply(OPERATOR)
         };
         let name = object.name_any();
         let api = self.api(object);
@@ -128,17 +128,13 @@ impl Writer {
     /// Applies `body` as all that the operator owns of an object but its status.
     pub async fn apply<K: Written>(&self, action: &str, object: &K, body: &Value) -> Result<(), Error> {
         let name = object.name_any();
-        let parameters = PatchParams::apply(MANAGER);
+        let parameters = PatchParams::apply(OPERATOR);
         let api = self.api(object);
         let patch = Patch::Apply(body);
         let write = api.patch(&name, &parameters, &patch);
         match self.write::<K, _>(action, "apply", write).await {
             // It went with its last finalizer, or was gone already.
-            Err(Error::Api { source, .. })
-                if is_not_found(&source) && object.meta().deletion_timestamp.is_some() =>
-            {
-                Ok(())
-            }
+            Err(error) if error.is_not_found() && object.meta().deletion_timestamp.is_some() => Ok(()),
             other => other.map(drop),
         }
     }
@@ -154,7 +150,7 @@ impl Writer {
             source,
         })?;
         let parameters = PostParams {
-            field_manager: Some(MANAGER.to_owned()),
+            field_manager: Some(OPERATOR.to_owned()),
             ..PostParams::default()
         };
         let api = self.api(object);
@@ -177,16 +173,13 @@ impl Writer {
         let api = self.api(object);
         let write = api.delete(&name, &parameters);
         match self.write::<K, _>(&action, "delete", write).await {
-            Err(Error::Api { source, .. }) if is_not_found(&source) => Ok(()),
+            Err(error) if error.is_not_found() => Ok(()),
             other => other.map(drop),
         }
     }
 
     /// Publishes an event. One that cannot be published is logged: nothing depends on it.
     pub async fn note<K: Written>(&self, object: &K, note: &Note) {
-        if self.admit("publishing an event").await.is_err() {
-            return;
-        }
         let event = Event {
             type_: if note.warning {
                 EventType::Warning
@@ -198,19 +191,30 @@ impl Writer {
             action: "Reconcile".to_owned(),
             secondary: None,
         };
-        let published = self.recorder.publish(&event, &object.object_ref(&())).await;
-        if let Err(error) = published {
+        let object_ref = object.object_ref(&());
+        let publish = self.recorder.publish(&event, &object_ref);
+        if let Err(error) = self.fenced("publishing an event", publish).await {
             tracing::warn!(object = %named(object), reason = note.reason, %error, "an event could not be published");
         }
     }
 
-    /// Anything else that is written: fenced and limited.
-    /// When it must be over.
-    pub async fn admit(&self, action: &str) -> Result<Instant, Error> {
+    /// Anything else that is written: limited in rate, begun only while the fence is open, and given up when it
+    /// closes.
+    pub async fn fenced<T>(
+        &self,
+        action: &str,
+        write: impl Future<Output = Result<T, kube::Error>>,
+    ) -> Result<T, Error> {
         self.limit.pass().await;
-        self.fence.deadline().ok_or_else(|| Error::NotLeading {
+        let deadline = self.fence.deadline().ok_or_else(|| Error::NotLeading {
             action: action.to_owned(),
-        })
+        })?;
+        match timeout_at(deadline, write).await {
+            Ok(written) => written.map_err(|error| Error::from_kube(action, error)),
+            Err(_) => Err(Error::TooLate {
+                action: action.to_owned(),
+            }),
+        }
     }
 
     async fn write<K: Written, T>(
@@ -219,13 +223,7 @@ impl Writer {
         verb: &'static str,
         write: impl Future<Output = Result<T, kube::Error>>,
     ) -> Result<T, Error> {
-        let deadline = self.admit(action).await?;
-        let written = match timeout_at(deadline, write).await {
-            Ok(written) => written.map_err(|error| Error::from_kube(action, error)),
-            Err(_) => Err(Error::TooLate {
-                action: action.to_owned(),
-            }),
-        };
+        let written = self.fenced(action, write).await;
         let outcome = written.as_ref().err().map_or("Ok", Error::reason);
         self.metrics.wrote(&K::kind(&()), verb, outcome);
         written
@@ -255,8 +253,4 @@ fn encode<K: Written>(action: &str, object: &K) -> Result<Value, Error> {
         action: action.to_owned(),
         source,
     })
-}
-
-fn is_not_found(error: &kube::Error) -> bool {
-    matches!(error, kube::Error::Api(status) if status.code == 404)
 }

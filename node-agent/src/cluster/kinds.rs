@@ -11,15 +11,6 @@ use crate::store::Object;
 /// What an object that was begun by an agent whose records are lost says.
 pub const RECORDS_LOST: &str = "it was begun, and the node agent has no record of it any more (its state directory was lost, or the record removed): it is not begun a second time";
 
-/// Conditions that the operator writes; all others of an assigned object are the agent's.
-pub const OPERATORS: [&str; 5] = [
-    types::ACCEPTED,
-    types::AGENT_AVAILABLE,
-    types::CORDONED,
-    types::DRAINED,
-    types::UNCORDONED,
-];
-
 /// A kind whose objects the operator assigns to nodes.
 pub trait Mirrored: Object + std::fmt::Debug + Send + Sync + 'static {
     /// The field that names the node, as watches select it.
@@ -64,7 +55,7 @@ pub trait Mirrored: Object + std::fmt::Debug + Send + Sync + 'static {
 
 /// Replaces the operator's conditions in `ours` by those in `theirs`.
 fn take_conditions(ours: &mut Vec<Condition>, theirs: &[Condition]) {
-    let is_operators = |condition: &Condition| OPERATORS.contains(&condition.type_.as_str());
+    let is_operators = |condition: &Condition| types::OPERATORS.contains(&condition.type_.as_str());
     // Where nothing changed the order stays too, so that the same thing is not written again.
     let there: Vec<&Condition> = ours.iter().filter(|condition| is_operators(condition)).collect();
     let wanted: Vec<&Condition> = theirs

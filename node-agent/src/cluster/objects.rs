@@ -4,23 +4,17 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use jiff::Timestamp;
-use understudy_api::conditions::{self, Wanted};
+use understudy_api::conditions::{self, Wanted, types};
 use understudy_api::node_update::Origin;
-use understudy_api::{
-    Guest, GuestStatus, HostStatus, HostUpdate, HostUpdateStatus, NodeUpdate, NodeUpdateStatus,
-    SeamlessReboot, SeamlessRebootStatus,
-};
+use understudy_api::{Guest, HostStatus, HostUpdate, HostUpdateStatus, NodeUpdate, SeamlessReboot};
 
 use super::access::Access;
 use super::released::Released;
 use crate::durable::{self, DurableError};
 use crate::store::{Key, Mirrored, Object, Objects, Store, StoreError};
 
-/// Condition of a Host: it has guests or operations that are not assigned to it.
-pub const ORPHANS: &str = "Orphans";
 /// Most orphans that a message names.
 const MAX_NAMED: usize = 10;
 
@@ -53,11 +47,6 @@ impl Cluster {
             node: Mutex::new((access.node_name.clone(), access.node_uid.clone())),
             orphans: Mutex::new(orphans(state_dir)?),
         })
-    }
-
-    /// The store.
-    pub fn store(&self) -> &Store {
-        &self.store
     }
 
     /// Guests that were deleted here.
@@ -121,7 +110,7 @@ impl Cluster {
             ),
         };
         let wanted = Wanted {
-            kind: ORPHANS,
+            kind: types::ORPHANS,
             status: Some(!orphans.is_empty()),
             reason: if orphans.is_empty() { "None" } else { "NotAssigned" },
             message: &message,
@@ -135,44 +124,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Objects for Cluster {
+    fn store(&self) -> &Store {
+        &self.store
+    }
+
     fn stands_alone(&self) -> bool {
         false
-    }
-
-    fn guests(&self) -> Vec<Guest> {
-        self.store.guests()
-    }
-
-    fn guest(&self, key: &Key) -> Result<Option<Guest>, StoreError> {
-        self.store.guest(key)
-    }
-
-    fn reboots(&self) -> Vec<SeamlessReboot> {
-        self.store.reboots()
-    }
-
-    fn reboot(&self, key: &Key) -> Result<Option<SeamlessReboot>, StoreError> {
-        self.store.reboot(key)
-    }
-
-    fn report_guest(
-        &self,
-        key: &Key,
-        uid: &str,
-        durable: bool,
-        change: &mut dyn FnMut(&mut GuestStatus),
-    ) -> Result<(), StoreError> {
-        self.store.report_guest(key, uid, durable, change)
-    }
-
-    fn report_reboot(
-        &self,
-        key: &Key,
-        uid: &str,
-        durable: bool,
-        change: &mut dyn FnMut(&mut SeamlessRebootStatus),
-    ) -> Result<(), StoreError> {
-        self.store.report_reboot(key, uid, durable, change)
     }
 
     /// The record that it was released is durable before the object goes: in between, the guest is deleted again,
@@ -207,14 +164,6 @@ impl Objects for Cluster {
         Ok(None)
     }
 
-    fn node_updates(&self) -> Vec<NodeUpdate> {
-        self.store.node_updates()
-    }
-
-    fn node_update(&self, name: &str) -> Result<Option<NodeUpdate>, StoreError> {
-        self.store.node_update(name)
-    }
-
     /// Only for a reboot that the host has begun: it waits for nobody.
     fn make_node_update(&self, update: &NodeUpdate) -> Result<Option<NodeUpdate>, StoreError> {
         match update.spec.origin {
@@ -230,16 +179,6 @@ impl Objects for Cluster {
         _: &mut dyn FnMut(&mut HostUpdateStatus),
     ) -> Result<(), StoreError> {
         Ok(())
-    }
-
-    fn report_node_update(
-        &self,
-        name: &str,
-        uid: &str,
-        durable: bool,
-        change: &mut dyn FnMut(&mut NodeUpdateStatus),
-    ) -> Result<(), StoreError> {
-        self.store.report_node_update(name, uid, durable, change)
     }
 
     fn report_host(&self, name: &str, change: &mut dyn FnMut(&mut HostStatus)) -> Result<(), StoreError> {
@@ -261,14 +200,6 @@ impl Objects for Cluster {
                 _ => Mirrored::Unchanged,
             })?;
         Ok(())
-    }
-
-    fn wait(&self, seen: u64, limit: Duration) -> u64 {
-        self.store.wait(seen, limit)
-    }
-
-    fn wake(&self) {
-        self.store.ring();
     }
 }
 

@@ -97,7 +97,7 @@ fn what_is_not_assigned_is_told_in_the_host_and_kept_for_the_command_line() {
         let status = host.status.unwrap();
         assert_eq!(status.node_uid.as_deref(), Some("node-uid"));
         let mut conditions = status.conditions.into_iter();
-        let condition = conditions.find(|there| there.type_ == ORPHANS).unwrap();
+        let condition = conditions.find(|there| there.type_ == types::ORPHANS).unwrap();
         (condition.status, condition.message)
     };
     assert_eq!(told(&cluster), ("False".into(), String::new()));

@@ -5,11 +5,9 @@ use std::time::{Duration, Instant};
 use kube::core::params::PatchParams;
 use serde_json::{Map, Value, json};
 use understudy_api::ObjectMeta;
+use understudy_api::conditions::types::OPERATORS;
+use understudy_api::managers::{AGENT, OPERATOR};
 
-use super::kinds::OPERATORS;
-
-/// The agent's field manager.
-pub const MANAGER: &str = "understudy-node";
 /// Fields of an assigned object's status that the operator writes.
 const ASSIGNMENT: [&str; 2] = ["nodeName", "nodeUID"];
 /// Of these a change is told at once; of conditions their status, as [`headline`] says.
@@ -100,16 +98,13 @@ pub fn claim(meta: &ObjectMeta, field: &str) -> Claim {
         };
         let status = &fields.0["f:status"];
         match entry.manager.as_deref() {
-            Some(MANAGER) => claim.is_made |= status[&field].is_object(),
+            Some(AGENT) => claim.is_made |= status[&field].is_object(),
             Some(OPERATOR) => claim.is_whole &= !has_ours(status),
             _ => {}
         }
     }
     claim
 }
-
-/// The operator's field manager.
-const OPERATOR: &str = "understudy-operator";
 
 fn has_ours(status: &Value) -> bool {
     let fields = status.as_object().into_iter().flatten();
@@ -247,7 +242,7 @@ pub fn write(target: Target<'_>, status: Value, forces: bool, is_end: bool) -> W
         "metadata": metadata,
         "status": status,
     });
-    let mut params = PatchParams::apply(MANAGER);
+    let mut params = PatchParams::apply(AGENT);
     params.force = forces;
     Write { body, params }
 }

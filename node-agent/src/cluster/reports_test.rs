@@ -37,7 +37,7 @@ fn the_first_write_claims_until_the_operator_has_let_go_and_then_nobody_forces()
         ".": {}, "k:{\"type\":\"Accepted\"}": {".": {}}, "k:{\"type\":\"AgentAvailable\"}": {".": {}}}});
     let with_phase = json!({"f:nodeName": {}, "f:phase": {}});
     let with_ready = json!({"f:conditions": {"k:{\"type\":\"Ready\"}": {}}});
-    let ours = entry(MANAGER, json!({"f:phase": {}}));
+    let ours = entry(AGENT, json!({"f:phase": {}}));
     let operators = |fields: &Value| entry("understudy-operator", fields.clone());
     for (entries, is_made, is_whole) in [
         (json!([]), false, true),
@@ -51,7 +51,7 @@ fn the_first_write_claims_until_the_operator_has_let_go_and_then_nobody_forces()
             true,
         ),
         // It owns something yet, and the phase was taken from it.
-        (json!([entry(MANAGER, json!({"f:addresses": {}}))]), false, true),
+        (json!([entry(AGENT, json!({"f:addresses": {}}))]), false, true),
     ] {
         let claim = claim(&meta(entries.clone()), "phase");
         assert_eq!(claim, Claim { is_made, is_whole }, "{entries}");
@@ -153,7 +153,7 @@ fn a_write_names_the_uid_and_where_it_decides_the_version() {
     };
     let claim = write(target, json!({"phase": "Pending"}), true, false);
     assert!(claim.params.force);
-    assert_eq!(claim.params.field_manager.as_deref(), Some(MANAGER));
+    assert_eq!(claim.params.field_manager.as_deref(), Some(AGENT));
     assert_eq!(
         claim.body["metadata"],
         json!({"name": "web", "namespace": "shop", "uid": "u", "resourceVersion": "9"})

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
-use understudy_api::guest::{OnGuestRequest, RebootRequest, asked_reboot};
+use understudy_api::guest::{OnGuestRequest, RebootRequest, asked_reboot, asked_reboot_name};
 use understudy_api::{Guest, Phase, SeamlessReboot, Time};
 use understudy_channel::Request;
 
@@ -13,9 +13,6 @@ use crate::node::Node;
 use crate::store::{Key, Object};
 
 const ANSWER: Duration = Duration::from_secs(5);
-/// How much of a request's id, and of a long guest's name, goes into the name of its SeamlessReboot.
-const ID_LENGTH: usize = 8;
-const MAX_GUEST: usize = 200;
 
 /// One pass over the guest's request, if it has one.
 pub fn pass(node: &Node, guest: &Guest, link: &Link) {
@@ -23,7 +20,7 @@ pub fn pass(node: &Node, guest: &Guest, link: &Link) {
         return;
     };
     let key = guest.key();
-    let name = reboot_name(&key.name, &id);
+    let name = asked_reboot_name(&key.name, &id);
     let known = guest
         .status
         .as_ref()
@@ -101,43 +98,9 @@ fn note(node: &Node, guest: &Guest, id: &str, reason: &str, reboot: Option<&str>
     }
 }
 
-/// Deterministic, so that a request that is heard twice makes one reboot, and so that in a cluster the operator,
-/// which makes it, and we know it by the same name: `<guest>-asked-<first 8 characters of the request's id>`. What a
-/// name may not hold is left out: the id is the guest's own.
-fn reboot_name(guest: &str, id: &str) -> String {
-    let id: String = id
-        .chars()
-        .map(|c| c.to_ascii_lowercase())
-        .filter(char::is_ascii_alphanumeric)
-        .take(ID_LENGTH)
-        .collect();
-    let guest: String = guest.chars().take(MAX_GUEST).collect();
-    format!("{}-asked-{id}", guest.trim_end_matches(['-', '.']))
-        .trim_end_matches('-')
-        .to_owned()
-}
-
 fn make(guest: &Guest, name: &str, reason: &str) -> SeamlessReboot {
     let key = guest.key();
     let mut reboot = asked_reboot(&key.name, name, reason);
     reboot.metadata.namespace = Some(key.namespace);
     reboot
-}
-
-#[cfg(test)]
-mod tests {
-    use super::reboot_name;
-
-    #[test]
-    fn a_requests_reboot_has_a_name_that_the_operator_finds_as_well() {
-        let id = "0B1c2d3e-4f50-6172-8394-a5b6c7d8e9f0";
-        assert_eq!(reboot_name("web", id), "web-asked-0b1c2d3e");
-        assert_eq!(
-            reboot_name("web", "../..%"),
-            "web-asked",
-            "a guest's id names no path"
-        );
-        let long = format!("{}.{}", "x".repeat(199), "y".repeat(50));
-        assert_eq!(reboot_name(&long, "1"), format!("{}-asked-1", "x".repeat(199)));
-    }
 }

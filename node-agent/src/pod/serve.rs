@@ -154,7 +154,7 @@ impl Service {
             let help = "Whether a reboot that the host begins would wait until all sessions are saved.";
             out.gauge("node_sessions_safe", help, "", is_true(types::SESSIONS_SAFE));
             let help = "Whether something runs that is not assigned to the node.";
-            out.gauge("node_orphans", help, "", is_true(crate::cluster::ORPHANS));
+            out.gauge("node_orphans", help, "", is_true(types::ORPHANS));
             let bytes = [
                 (
                     "node_free_memory_bytes",

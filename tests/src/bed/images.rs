@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use super::repository;
+use super::{repository, script};
 
 /// Where the images are and what is in them.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -37,28 +37,7 @@ impl Images {
     pub fn build(binaries: &Path, only: &[&str]) -> Result<Self> {
         let script = repository().join("tests/bed/images.sh");
         let out = repository().join("target/bed/images.json");
-        let status = Command::new(&script)
-            .arg("--bin")
-            .arg(binaries)
-            .arg("--out")
-            .arg(&out)
-            .args(only)
-            .status()
-            .with_context(|| format!("cannot run {}", script.display()))?;
-        if !status.success() {
-            bail!(
-                "{} failed ({status}); what it printed above says why",
-                script.display()
-            );
-        }
-        Self::load(&out)
-    }
-
-    /// Reads what an earlier [`Images::build`] wrote.
-    pub fn load(file: &Path) -> Result<Self> {
-        let text = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
-        serde_json::from_slice(&text)
-            .with_context(|| format!("{} is not what images.sh writes", file.display()))
+        script::ask(Command::new(&script).args(only).arg("--bin").arg(binaries), &out)
     }
 
     /// A name for the guest image without our programs that changes with its content.

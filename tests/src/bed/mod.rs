@@ -10,6 +10,7 @@ mod images;
 mod netns;
 mod node;
 mod qmp;
+pub mod script;
 mod ssh;
 mod stage;
 mod wait;

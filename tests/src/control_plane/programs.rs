@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
-use crate::bed::repository;
+use crate::bed::{repository, script};
 
 /// Where the programs are, by their names.
 #[derive(Clone, Debug)]
@@ -18,22 +18,7 @@ impl Programs {
         let script = repository().join("tests/bed/kubernetes/build.sh");
         // Of this process alone: another one may ask for other programs at the same time.
         let out = tempfile::NamedTempFile::new().context("cannot create a temporary file")?;
-        let status = Command::new(&script)
-            .arg("--out")
-            .arg(out.path())
-            .args(wanted)
-            .status()
-            .with_context(|| format!("cannot run {}", script.display()))?;
-        if !status.success() {
-            bail!(
-                "{} failed ({status}); what it printed above says why",
-                script.display()
-            );
-        }
-        let text = std::fs::read(out.path()).context("cannot read what build.sh wrote")?;
-        let programs =
-            serde_json::from_slice(&text).with_context(|| format!("{} wrote no JSON", script.display()))?;
-        Ok(Self(programs))
+        script::ask(Command::new(&script).args(wanted), out.path()).map(Self)
     }
 
     /// Path of a program that was asked for.

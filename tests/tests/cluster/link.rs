@@ -6,185 +6,22 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use jiff::Timestamp;
-use kube::api::{Api, DeleteParams, DynamicObject, Patch, PatchParams};
+use kube::api::{DeleteParams, Patch, PatchParams};
 use serde_json::{Value, json};
-use understudy_api::conditions::{self, types};
+use understudy_api::conditions::types;
 use understudy_api::guest::{DeletionPolicy, GuestPhase};
+use understudy_api::managers::{AGENT, OPERATOR};
 use understudy_api::node_update::Origin;
 use understudy_api::{Guest, NodeUpdate, NodeUpdatePhase, NodeUpdateSpec, Phase, SeamlessReboot};
-use understudy_node::cluster::reports::MANAGER;
-use understudy_node::cluster::{Access, Cluster, Link, access};
-use understudy_node::store::{Key, Object, Objects, Store};
+use understudy_node::cluster::access;
+use understudy_node::store::{Object, Objects};
 
 use understudy_tests::cluster::Context as Test;
 
+use crate::link_bed::{Bed, OURS, has, until};
 use crate::link_server::{Server, api, apply_status, make};
-
-const LIMIT: Duration = Duration::from_secs(60);
-const OURS: &str = "understudy.dev/v1alpha1";
-const OPERATOR: &str = "understudy-operator";
-
-/// An agent without engines, and an administrator.
-struct Bed<'run> {
-    server: Arc<Server<'run>>,
-    access: Access,
-    admin: kube::Client,
-    dir: tempfile::TempDir,
-    cluster: Arc<Cluster>,
-    link: Option<Link>,
-}
-
-impl<'run> Bed<'run> {
-    async fn new(server: &Arc<Server<'run>>, node: &str) -> Result<Bed<'run>> {
-        let access = server.node(node)?;
-        let dir = tempfile::tempdir()?;
-        access::write(dir.path(), &access)?;
-        let cluster = open(&dir, &access)?;
-        let mut bed = Bed {
-            server: server.clone(),
-            admin: server.admin()?,
-            access,
-            dir,
-            cluster,
-            link: None,
-        };
-        bed.start()?;
-        Ok(bed)
-    }
-
-    fn start(&mut self) -> Result<()> {
-        // As an agent that starts: from what is on disk.
-        self.cluster = open(&self.dir, &self.access)?;
-        self.link = Some(Link::start(
-            self.cluster.clone(),
-            self.dir.path(),
-            Arc::new(|_: &str| false),
-        )?);
-        Ok(())
-    }
-
-    fn stop(&mut self) {
-        if let Some(link) = self.link.take() {
-            link.stop();
-        }
-    }
-
-    fn writes(&self) -> u64 {
-        self.link.as_ref().expect("started").health().writes
-    }
-
-    fn is_connected(&self) -> bool {
-        self.link.as_ref().expect("started").health().connected
-    }
-
-    fn api(&self, kind: &str) -> Api<DynamicObject> {
-        let namespace = ["Guest", "SeamlessReboot"].contains(&kind).then_some("default");
-        api(&self.admin, OURS, kind, namespace)
-    }
-
-    /// A guest that the operator has assigned to the node.
-    async fn guest(&self, name: &str) -> Result<Guest> {
-        let guest = json!({"metadata": {"name": name, "namespace": "default", "finalizers": ["understudy.dev/guest"]},
-            "spec": {"nodeName": self.access.node_name, "memory": "512Mi",
-                "disks": [{"name": "root", "role": "Root", "source": format!("{name}.img")}]}});
-        make(&self.admin, OURS, "Guest", guest).await?;
-        self.assign("Guest", name).await?;
-        self.local(&Key::new("default", name)).await
-    }
-
-    async fn reboot(&self, name: &str, guest: &str) -> Result<SeamlessReboot> {
-        let reboot =
-            json!({"metadata": {"name": name, "namespace": "default"}, "spec": {"guestName": guest}});
-        make(&self.admin, OURS, "SeamlessReboot", reboot).await?;
-        self.assign("SeamlessReboot", name).await?;
-        self.local(&Key::new("default", name)).await
-    }
-
-    /// What the operator writes of an object before its agent has claimed it.
-    async fn assign(&self, kind: &str, name: &str) -> Result<()> {
-        let mut status = self.assignment();
-        status["phase"] = "Pending".into();
-        let conditions = status["conditions"].as_array_mut().expect("a list");
-        conditions.push(condition("Ready", "False", "Pending"));
-        apply_status(&self.api(kind), kind, name, OPERATOR, false, status).await?;
-        Ok(())
-    }
-
-    fn assignment(&self) -> Value {
-        json!({"nodeName": self.access.node_name, "nodeUID": self.access.node_uid,
-            "conditions": [condition("Accepted", "True", "Assigned"), condition("AgentAvailable", "True", "AgentLives")]})
-    }
-
-    /// The local object, once it is there.
-    async fn local<O: Object>(&self, key: &Key) -> Result<O> {
-        until(&format!("{key} in the store"), async || {
-            Ok(self.cluster.store().get::<O>(key)?)
-        })
-        .await
-    }
-
-    fn tell_guest(&self, guest: &Guest, phase: GuestPhase, address: Option<&str>) -> Result<()> {
-        self.cluster
-            .report_guest(&guest.key(), &guest.uid(), true, &mut |status| {
-                status.phase = Some(phase);
-                status.addresses = address.into_iter().map(str::to_owned).collect();
-                let wanted = conditions::Wanted {
-                    kind: types::READY,
-                    status: Some(phase == GuestPhase::Running),
-                    reason: "Test",
-                    message: "",
-                };
-                conditions::set(&mut status.conditions, 1, Timestamp::now(), &[wanted]);
-            })?;
-        Ok(())
-    }
-
-    async fn reported(&self, kind: &str, name: &str, phase: &str) -> Result<DynamicObject> {
-        let api = self.api(kind);
-        until(&format!("{kind} {name} in {phase}"), async || {
-            let object = api.get(name).await?;
-            Ok((object.data["status"]["phase"] == phase).then_some(object))
-        })
-        .await
-    }
-}
-
-fn open(dir: &tempfile::TempDir, access: &Access) -> Result<Arc<Cluster>> {
-    Ok(Arc::new(Cluster::open(
-        Store::open(dir.path())?,
-        dir.path(),
-        access,
-    )?))
-}
-
-fn condition(kind: &str, status: &str, reason: &str) -> Value {
-    json!({"type": kind, "status": status, "reason": reason, "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"})
-}
-
-fn has(object: &DynamicObject, kind: &str) -> bool {
-    let mut conditions = object.data["status"]["conditions"]
-        .as_array()
-        .into_iter()
-        .flatten();
-    conditions.any(|there| there["type"] == kind && there["status"] == "True")
-}
-
-/// Waits until `look` finds something.
-async fn until<T>(what: &str, look: impl AsyncFn() -> Result<Option<T>>) -> Result<T> {
-    let deadline = Instant::now() + LIMIT;
-    let mut trouble = String::new();
-    while Instant::now() < deadline {
-        match look().await {
-            Ok(Some(found)) => return Ok(found),
-            Ok(None) => {}
-            Err(error) => trouble = format!(" ({error:#})"),
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    bail!("gave up waiting for {what}{trouble}")
-}
 
 async fn what_is_assigned_comes_in_and_what_happens_goes_out(server: Arc<Server<'_>>) -> Result<()> {
     let bed = Bed::new(&server, "flow").await?;
@@ -304,14 +141,16 @@ async fn a_phase_is_written_once_and_progress_seldom(server: Arc<Server<'_>>) ->
         Ok((bed.link.as_ref().context("started")?.health().lists >= 3).then_some(()))
     })
     .await?;
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    ensure!(
-        bed.writes() == 0,
-        "{} writes of what is there already",
-        bed.writes()
-    );
     let now = bed.api("Guest").get("pace").await?.metadata.resource_version;
     ensure!(now == version);
+    // What changes next is the first that is written.
+    bed.tell_guest(&guest, GuestPhase::Saving, Some("10.0.0.39"))?;
+    bed.reported("Guest", "pace", "Saving").await?;
+    ensure!(
+        bed.writes() == 1,
+        "{} writes of what is there already",
+        bed.writes() - 1
+    );
     Ok(())
 }
 
@@ -324,19 +163,18 @@ async fn what_happens_while_the_api_server_is_away_is_told_when_it_is_back(
     bed.tell_guest(&guest, GuestPhase::Running, None)?;
     bed.reported("Guest", "away", "Running").await?;
     bed.server.stop_api()?;
+    until("the agent to notice", async || {
+        Ok((!bed.is_connected()).then_some(()))
+    })
+    .await?;
     let key = reboot.key();
     for phase in [Phase::Confirmed, Phase::Cloning, Phase::Rebooting] {
         bed.cluster
             .report_reboot(&key, &reboot.uid(), true, &mut |status| {
                 status.phase = Some(phase)
             })?;
-        tokio::time::sleep(Duration::from_millis(100)).await;
     }
     bed.tell_guest(&guest, GuestPhase::Saving, None)?;
-    until("the agent to notice", async || {
-        Ok((!bed.is_connected()).then_some(()))
-    })
-    .await?;
     let before = bed.writes();
     bed.server.start_api()?;
     bed.reported("SeamlessReboot", "away", "Rebooting").await?;
@@ -400,7 +238,7 @@ async fn somebody_elses_field_is_not_forced(server: Arc<Server<'_>>) -> Result<(
         })
         .filter_map(|entry| entry.manager)
         .collect();
-    ensure!(owners == [MANAGER], "{owners:?}");
+    ensure!(owners == [AGENT], "{owners:?}");
     Ok(())
 }
 

@@ -11,6 +11,7 @@ mod chart_rights;
 mod control_plane;
 mod crds;
 mod link;
+mod link_bed;
 mod link_server;
 mod rules;
 mod samples;

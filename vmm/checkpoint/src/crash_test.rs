@@ -27,12 +27,15 @@ fn a_save_cut_at_any_point_leaves_no_checkpoint_or_a_whole_one() {
         disk.cut_at(cut);
         let save = || {
             let bytes = memory.len() as u64;
-            let writer = Writer::begin(disk.directory(), &sim::key(), sim::saving_identity(), bytes)?;
-            writer.write(slice::from_ref(&(0..sim::CHUNKS as u64)), 1, |chunk, buffer| {
+            let mut writer = Writer::begin(disk.directory(), &sim::key(), sim::saving_identity(), bytes)?;
+            let fill = |chunk: u64, buffer: &mut [u8]| {
                 let start = chunk as usize * CHUNK;
                 buffer.copy_from_slice(&memory[start..start + buffer.len()]);
                 Ok(())
-            })?;
+            };
+            writer.write(slice::from_ref(&(0..sim::CHUNKS as u64)), 1, fill)?;
+            writer.settle()?;
+            writer.write(slice::from_ref(&(1..3)), 1, fill)?;
             writer.finish(&state, sim::description(sim::CHUNKS))
         };
         let result = save().map(|_| ());

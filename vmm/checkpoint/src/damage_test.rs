@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use understudy_vmm_control::session::{MANIFEST, Refusal};
 use uuid::Uuid;
 
-use crate::files::{INDEX, MEMORY, STATE};
+use crate::files::{CHANGES, INDEX, MEMORY, STATE};
 use crate::sim::{self, CHUNKS, Disk};
 use crate::{CHUNK, ChunkBuffer, Identity, Key, Reader, Writer};
 
@@ -17,10 +17,10 @@ fn saved() -> Disk {
 }
 
 #[test]
-fn every_flipped_bit_of_manifest_index_and_state_is_refused() {
+fn every_flipped_bit_of_manifest_index_changes_and_state_is_refused() {
     let disk = saved();
     assert_eq!(refusal(&disk), None);
-    for name in [MANIFEST, INDEX, STATE] {
+    for name in [MANIFEST, INDEX, CHANGES, STATE] {
         let content = disk.content(name);
         for bit in 0..content.len() * 8 {
             let mut flipped = content.clone();
@@ -40,7 +40,7 @@ fn every_flipped_bit_of_manifest_index_and_state_is_refused() {
 #[test]
 fn every_other_length_of_a_file_is_refused() {
     let disk = saved();
-    for name in [MANIFEST, INDEX, STATE, MEMORY] {
+    for name in [MANIFEST, INDEX, CHANGES, STATE, MEMORY] {
         let content = disk.content(name);
         let step = content.len().div_ceil(2000);
         for length in (0..content.len()).step_by(step).chain([content.len() - 1]) {
@@ -59,7 +59,7 @@ fn every_other_length_of_a_file_is_refused() {
 
 #[test]
 fn a_missing_file_is_refused() {
-    for name in [MANIFEST, INDEX, STATE, MEMORY] {
+    for name in [MANIFEST, INDEX, CHANGES, STATE, MEMORY] {
         let disk = saved();
         disk.directory().remove(name).unwrap();
         let expected = match name {
@@ -74,7 +74,7 @@ fn a_missing_file_is_refused() {
 fn files_of_another_save_of_the_same_guest_with_the_same_key_are_refused() {
     let memory = sim::memory(|chunk| (chunk % 4) as u8);
     let (one, two) = (saved(), saved());
-    for name in [INDEX, STATE] {
+    for name in [INDEX, CHANGES, STATE] {
         let disk = one.copy();
         disk.replace(name, two.content(name));
         assert_eq!(refusal(&disk), Some(Refusal::CheckpointDamaged), "{name}");
@@ -216,7 +216,7 @@ proptest! {
     }
 
     #[test]
-    fn garbage_in_any_file_is_refused(name in prop::sample::select(vec![MANIFEST, INDEX, STATE]),
+    fn garbage_in_any_file_is_refused(name in prop::sample::select(vec![MANIFEST, INDEX, CHANGES, STATE]),
                                       garbage in prop::collection::vec(any::<u8>(), 0..600)) {
         let disk = saved();
         disk.replace(name, garbage);

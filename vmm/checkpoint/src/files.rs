@@ -17,11 +17,13 @@ pub(crate) const MEMORY: &str = "memory";
 pub(crate) const STATE: &str = "state";
 /// Sealed index of the chunks.
 pub(crate) const INDEX: &str = "index";
+/// Sealed changes of the index since it was written.
+pub(crate) const CHANGES: &str = "changes";
 /// The manifest before it gets its name.
 pub(crate) const NEW_MANIFEST: &str = "manifest.json.new";
 
 /// All names that a checkpoint's directory may hold.
-pub(crate) const NAMES: [&str; 6] = [MEMORY, STATE, INDEX, NEW_MANIFEST, MANIFEST, CONSUMED];
+pub(crate) const NAMES: [&str; 7] = [MEMORY, STATE, INDEX, CHANGES, NEW_MANIFEST, MANIFEST, CONSUMED];
 
 /// An open file.
 pub(crate) trait Storage: Send + Sync {
@@ -77,7 +79,7 @@ pub(crate) trait Directory: Send + Sync {
 pub(crate) fn dismantle(directory: &dyn Directory) -> Result<(), (&'static str, io::Error)> {
     directory.remove(MANIFEST).map_err(|e| (MANIFEST, e))?;
     directory.sync().map_err(|e| (MANIFEST, e))?;
-    for name in [NEW_MANIFEST, MEMORY, INDEX, STATE, CONSUMED] {
+    for name in [NEW_MANIFEST, MEMORY, INDEX, CHANGES, STATE, CONSUMED] {
         directory.remove(name).map_err(|e| (name, e))?;
     }
     directory.sync().map_err(|e| (CONSUMED, e))

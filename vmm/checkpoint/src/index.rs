@@ -1,11 +1,14 @@
 //! The index: for every chunk of memory whether it is zero, else with which counter and tag it was sealed.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use crate::seal::TAG;
 
 /// Bytes of an entry in the file: counter (7, little-endian), kind (1), tag (16).
 pub(crate) const ENTRY: usize = 24;
+/// Bytes of a change: number of the chunk (8, little-endian) and its entry.
+pub(crate) const CHANGE: usize = 8 + ENTRY;
 /// Counters are smaller than this.
 pub(crate) const COUNTER_LIMIT: u64 = 1 << 56;
 
@@ -53,12 +56,38 @@ impl Entry {
     }
 }
 
+/// The index in `bytes` with the changes that were made to it; `None` where they are not what
+/// [`LiveIndex`] makes.
+pub(crate) fn decode(bytes: &[u8], changes: &[u8]) -> Option<Vec<Entry>> {
+    let (entries, _) = bytes.as_chunks::<ENTRY>();
+    let mut entries = entries
+        .iter()
+        .map(Entry::decode)
+        .collect::<Option<Vec<Entry>>>()?;
+    let (changes, _) = changes.as_chunks::<CHANGE>();
+    let mut least = 0;
+    for change in changes {
+        let (number, entry) = change.split_first_chunk::<8>()?;
+        let number = u64::from_le_bytes(*number);
+        if number < least {
+            return None;
+        }
+        least = number + 1;
+        *entries.get_mut(usize::try_from(number).ok()?)? = Entry::decode(entry.first_chunk()?)?;
+    }
+    Some(entries)
+}
+
 /// An index that several threads fill, each its own chunks.
 ///
 /// Entries are three words without a lock: two threads that write one chunk at a time break the writer's
 /// contract, and what would come of it does not open.
 pub(crate) struct LiveIndex {
     words: Vec<[AtomicU64; ENTRY / 8]>,
+    /// Chunks that hold data.
+    data: AtomicU64,
+    /// Since it was settled: chunks that were set, some more than once.
+    changed: Option<Mutex<Vec<u64>>>,
 }
 
 impl LiveIndex {
@@ -69,6 +98,8 @@ impl LiveIndex {
             words: (0..chunks)
                 .map(|_| [absent(), AtomicU64::new(0), AtomicU64::new(0)])
                 .collect(),
+            data: AtomicU64::new(0),
+            changed: None,
         }
     }
 
@@ -78,38 +109,76 @@ impl LiveIndex {
 
     pub fn set(&self, chunk: u64, entry: Entry) {
         let bytes = entry.encode();
-        for (word, bytes) in self.words[chunk as usize].iter().zip(bytes.chunks_exact(8)) {
-            let mut value = [0; 8];
-            value.copy_from_slice(bytes);
-            word.store(u64::from_le_bytes(value), Ordering::Relaxed);
+        let (words, _) = bytes.as_chunks::<8>();
+        let (there, mut words) = (
+            &self.words[chunk as usize],
+            words.iter().map(|word| u64::from_le_bytes(*word)),
+        );
+        self.set_first(chunk, words.next().unwrap_or_default());
+        for (word, value) in there[1..].iter().zip(words) {
+            word.store(value, Ordering::Relaxed);
         }
     }
 
     /// Its content in the file is about to change, or was never written.
     pub fn set_absent(&self, chunk: u64) {
-        self.words[chunk as usize][0].store(u64::from(ABSENT) << 56, Ordering::Relaxed);
+        self.set_first(chunk, u64::from(ABSENT) << 56);
+    }
+
+    fn set_first(&self, chunk: u64, value: u64) {
+        let is_data = |word: u64| word >> 56 == u64::from(DATA);
+        let before = self.words[chunk as usize][0].swap(value, Ordering::Relaxed);
+        match (is_data(before), is_data(value)) {
+            (false, true) => self.data.fetch_add(1, Ordering::Relaxed),
+            (true, false) => self.data.fetch_sub(1, Ordering::Relaxed),
+            _ => 0,
+        };
+        if let Some(changed) = &self.changed {
+            changed.lock().unwrap_or_else(PoisonError::into_inner).push(chunk);
+        }
     }
 
     /// Chunks that hold data.
     pub fn data_chunks(&self) -> u64 {
-        let is_data =
-            |words: &&[AtomicU64; ENTRY / 8]| words[0].load(Ordering::Relaxed) >> 56 == u64::from(DATA);
-        self.words.iter().filter(is_data).count() as u64
+        self.data.load(Ordering::Relaxed)
     }
 
-    /// The index as it goes into its file, or the first chunk that is absent.
-    pub fn encode(&self) -> Result<Vec<u8>, u64> {
+    /// The index as it goes into its file, or the first chunk that is absent. What is set from here on is in
+    /// [`LiveIndex::changes`].
+    pub fn settle(&mut self) -> Result<Vec<u8>, u64> {
         let mut bytes = Vec::with_capacity(self.words.len() * ENTRY);
-        for (chunk, words) in self.words.iter().enumerate() {
-            let [first, ..] = words;
-            if first.load(Ordering::Relaxed) >> 56 == u64::from(ABSENT) {
-                return Err(chunk as u64);
-            }
-            for word in words {
-                bytes.extend_from_slice(&word.load(Ordering::Relaxed).to_le_bytes());
-            }
+        for chunk in 0..self.chunks() {
+            self.append(chunk, &mut bytes)?;
+        }
+        self.changed = Some(Mutex::default());
+        Ok(bytes)
+    }
+
+    /// What was set since the index was settled, chunks in ascending order; or the first chunk that is absent.
+    pub fn changes(&self) -> Result<Vec<u8>, u64> {
+        let Some(changed) = &self.changed else {
+            return Ok(Vec::new());
+        };
+        let mut changed = changed.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        changed.sort_unstable();
+        changed.dedup();
+        let mut bytes = Vec::with_capacity(changed.len() * CHANGE);
+        for chunk in changed {
+            bytes.extend_from_slice(&chunk.to_le_bytes());
+            self.append(chunk, &mut bytes)?;
         }
         Ok(bytes)
+    }
+
+    fn append(&self, chunk: u64, bytes: &mut Vec<u8>) -> Result<(), u64> {
+        let words = &self.words[chunk as usize];
+        if words[0].load(Ordering::Relaxed) >> 56 == u64::from(ABSENT) {
+            return Err(chunk);
+        }
+        for word in words {
+            bytes.extend_from_slice(&word.load(Ordering::Relaxed).to_le_bytes());
+        }
+        Ok(())
     }
 }
 
@@ -121,14 +190,40 @@ mod tests {
 
     #[test]
     fn an_index_with_an_absent_chunk_is_not_written() {
-        let index = LiveIndex::new(3);
+        let mut index = LiveIndex::new(3);
         index.set(0, Entry::Zero);
         index.set(1, Entry::Zero);
-        assert_eq!(index.encode(), Err(2));
+        assert_eq!(index.settle(), Err(2));
         index.set(2, Entry::Zero);
-        assert_eq!(index.encode(), Ok(vec![0; 3 * ENTRY]));
+        assert_eq!(index.settle(), Ok(vec![0; 3 * ENTRY]));
+        assert_eq!(index.changes(), Ok(Vec::new()));
         index.set_absent(1);
-        assert_eq!(index.encode(), Err(1));
+        assert_eq!(index.changes(), Err(1));
+        assert_eq!(index.settle(), Err(1));
+    }
+
+    #[test]
+    fn changes_name_each_chunk_once_and_are_refused_in_another_order_or_beyond_the_end() {
+        let mut index = LiveIndex::new(3);
+        (0..3).for_each(|chunk| index.set(chunk, Entry::Zero));
+        let base = index.settle().unwrap();
+        let data = |counter| Entry::Data {
+            counter,
+            tag: [7; TAG],
+        };
+        for (chunk, counter) in [(2, 5), (0, 6), (2, 7)] {
+            index.set_absent(chunk);
+            index.set(chunk, data(counter));
+        }
+        let changes = index.changes().unwrap();
+        assert_eq!(changes.len(), 2 * CHANGE);
+        assert_eq!(index.data_chunks(), 2);
+        assert_eq!(decode(&base, &changes), Some(vec![data(6), Entry::Zero, data(7)]));
+        let (first, second) = changes.split_at(CHANGE);
+        assert_eq!(decode(&base, &[second, first].concat()), None);
+        assert_eq!(decode(&base, &[first, first].concat()), None);
+        assert_eq!(decode(&base[..2 * ENTRY], &changes), None);
+        assert_eq!(decode(&base, &[&[0xff; 8], &first[8..]].concat()), None);
     }
 
     proptest! {
@@ -144,10 +239,10 @@ mod tests {
 
         #[test]
         fn a_live_index_encodes_what_was_set(counter in 0..COUNTER_LIMIT, tag: [u8; TAG]) {
-            let index = LiveIndex::new(1);
+            let mut index = LiveIndex::new(1);
             let entry = Entry::Data { counter, tag };
             index.set(0, entry);
-            let bytes = index.encode().unwrap();
+            let bytes = index.settle().unwrap();
             prop_assert_eq!(Entry::decode(&bytes.try_into().unwrap()), Some(entry));
         }
     }

@@ -50,8 +50,9 @@ pub const MAX_STATE: u64 = 64 << 20;
 /// Bytes that a checkpoint of `memory_bytes` of guest RAM and `state_bytes` of state takes at most: what
 /// must be free before a save begins is this, or less where memory is known to be zero.
 pub fn most_bytes(memory_bytes: u64, state_bytes: u64) -> u64 {
-    /// The manifest, tags of index and state, and rounding of each file to the file system's blocks.
+    /// The manifest, tags of index, changes and state, and rounding of each file to the file system's blocks.
     const REST: u64 = 2 << 20;
     let index = memory_bytes.div_ceil(CHUNK as u64) * index::ENTRY as u64;
-    memory_bytes + index + state_bytes + state_bytes / 1024 + REST
+    let changes = memory_bytes.div_ceil(CHUNK as u64) * index::CHANGE as u64;
+    memory_bytes + index + changes + state_bytes + state_bytes / 1024 + REST
 }

@@ -23,7 +23,7 @@ use crate::seal::{CHECK, KEY, Key, Sealer};
 use crate::{CHUNK, MAX_MEMORY, MAX_STATE};
 
 /// Version of the format of all files of a checkpoint.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// Longest manifest that is read, in bytes.
 pub(crate) const MAX_MANIFEST: u64 = 4 << 20;
@@ -130,6 +130,8 @@ pub struct Manifest {
     /// Rounds in which memory was written, the final one included.
     pub rounds: u32,
     pub index: Sealed,
+    /// What was set in the index after it was written.
+    pub changes: Sealed,
     pub state: Sealed,
     pub compatibility: serde_json::Value,
 }
@@ -191,6 +193,13 @@ impl Manifest {
             return Err(format!(
                 "an index of {} bytes for {} chunks",
                 self.index.length, self.chunks
+            ));
+        }
+        let change = crate::index::CHANGE as u64;
+        if !self.changes.length.is_multiple_of(change) || self.changes.length > self.chunks * change {
+            return Err(format!(
+                "{} bytes of changes of the index for {} chunks",
+                self.changes.length, self.chunks
             ));
         }
         if self.state.length > MAX_STATE {
@@ -384,11 +393,15 @@ mod tests {
 
     #[test]
     fn a_newer_format_is_incompatible_and_not_damaged() {
-        let newer = saved().replace("\"format\": 1,", "\"format\": 2,");
+        let format = |version| format!("\"format\": {version},");
+        let newer = saved().replace(&format(FORMAT), &format(FORMAT + 1));
         assert_eq!(decode(&newer).unwrap_err().refusal, Refusal::CheckpointDamaged);
         let refused = decode(&summed(&newer)).unwrap_err();
         assert_eq!(refused.refusal, Refusal::CheckpointIncompatible);
-        assert!(refused.message.contains("version 2"), "{refused}");
+        assert!(
+            refused.message.contains(&format!("version {}", FORMAT + 1)),
+            "{refused}"
+        );
     }
 
     #[test]
@@ -418,6 +431,8 @@ mod tests {
         assert!(change(|m| m.ram[0].length = u64::MAX).is_err());
         assert!(change(|m| m.ram.push(m.ram[0])).is_err());
         assert!(change(|m| m.index.length += 24).is_err());
+        assert!(change(|m| m.changes.length = 24).is_err());
+        assert!(change(|m| m.changes.length = (m.chunks + 1) * 32).is_err());
         assert!(change(|m| m.state.length = u64::MAX).is_err());
     }
 }

@@ -8,8 +8,10 @@ use understudy_vmm_control::session::{CONSUMED, MANIFEST, Refusal};
 
 use crate::CHUNK;
 use crate::buffer::ChunkBuffer;
-use crate::files::{self, Directory, HostDirectory, INDEX, MEMORY, STATE, Storage, Transfer, read_small};
-use crate::index::{ENTRY, Entry};
+use crate::files::{
+    self, CHANGES, Directory, HostDirectory, INDEX, MEMORY, STATE, Storage, Transfer, read_small,
+};
+use crate::index::{self, Entry};
 use crate::manifest::{Identity, MAX_MANIFEST, Manifest, Sealed};
 use crate::refused::RefusedCheckpoint;
 use crate::seal::{Key, Part, Place, Sealer, TAG};
@@ -81,7 +83,7 @@ impl Reader {
             directory: directory.as_ref(),
             sealer: &sealer,
         };
-        let index = index(&parts, &manifest)?;
+        let index = read_index(&parts, &manifest)?;
         let state = parts.open(STATE, Part::State, manifest.state)?;
         let memory = directory
             .open(MEMORY, Transfer::Direct)
@@ -340,20 +342,16 @@ impl Parts<'_> {
     }
 }
 
-fn index(parts: &Parts<'_>, manifest: &Manifest) -> Result<Vec<Entry>, RefusedCheckpoint> {
+fn read_index(parts: &Parts<'_>, manifest: &Manifest) -> Result<Vec<Entry>, RefusedCheckpoint> {
     let bytes = parts.open(INDEX, Part::Index, manifest.index)?;
-    let (entries, _) = bytes.as_chunks::<ENTRY>();
-    entries
-        .iter()
-        .map(Entry::decode)
-        .collect::<Option<Vec<Entry>>>()
-        .ok_or_else(|| {
-            RefusedCheckpoint::new(
-                Refusal::CheckpointDamaged,
-                format!(
-                    "{} holds an entry of no known kind",
-                    parts.directory.path(INDEX).display()
-                ),
-            )
-        })
+    let changes = parts.open(CHANGES, Part::Changes, manifest.changes)?;
+    index::decode(&bytes, &changes).ok_or_else(|| {
+        RefusedCheckpoint::new(
+            Refusal::CheckpointDamaged,
+            format!(
+                "{} or the changes beside it hold what no save writes",
+                parts.directory.path(INDEX).display()
+            ),
+        )
+    })
 }

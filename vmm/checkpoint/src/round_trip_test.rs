@@ -38,12 +38,15 @@ proptest! {
 
     #[test]
     fn memory_written_in_rounds_reads_back(rounds in changes(), state in prop::collection::vec(any::<u8>(), 0..3 * CHUNK),
-                                           threads in 1usize..4) {
+                                           threads in 1usize..4, settled in prop::option::of(0usize..5)) {
         let dir = tempfile::tempdir().unwrap();
         let mut memory = vec![0; CHUNKS * CHUNK];
-        let writer = writer(dir.path()).unwrap();
+        let mut writer = writer(dir.path()).unwrap();
         writer.zero(0..CHUNKS as u64);
-        for round in &rounds {
+        for (number, round) in rounds.iter().enumerate() {
+            if settled == Some(number) {
+                writer.settle().unwrap();
+            }
             let mut written = std::collections::BTreeSet::new();
             for (chunk, byte, odd) in round {
                 let bytes = &mut memory[chunk * CHUNK..][..CHUNK];

@@ -108,6 +108,7 @@ pub(crate) enum Part {
     Memory = 1,
     Index = 2,
     State = 3,
+    Changes = 4,
 }
 
 /// Where a sealed piece belongs: it opens nowhere else.

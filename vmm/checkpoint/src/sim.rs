@@ -410,8 +410,10 @@ pub fn write(writer: &Writer, memory: &[u8], chunks: std::ops::Range<u64>) {
 pub fn saved(memory: &[u8], state: &[u8]) -> Disk {
     let disk = Disk::default();
     let bytes = memory.len() as u64;
-    let writer = Writer::begin(disk.directory(), &key(), saving_identity(), bytes).unwrap();
+    let mut writer = Writer::begin(disk.directory(), &key(), saving_identity(), bytes).unwrap();
     write(&writer, memory, 0..bytes / CHUNK as u64);
+    writer.settle().unwrap();
+    write(&writer, memory, 1..3);
     writer.finish(state, description(memory.len() / CHUNK)).unwrap();
     disk
 }

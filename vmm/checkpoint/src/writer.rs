@@ -10,7 +10,7 @@ use std::thread;
 use understudy_vmm_control::session::MANIFEST;
 
 use crate::files::{
-    self, Directory, HostDirectory, INDEX, MEMORY, NAMES, NEW_MANIFEST, STATE, Storage, Transfer,
+    self, CHANGES, Directory, HostDirectory, INDEX, MEMORY, NAMES, NEW_MANIFEST, STATE, Storage, Transfer,
 };
 use crate::flusher::Flusher;
 use crate::index::{COUNTER_LIMIT, Entry, LiveIndex};
@@ -120,9 +120,17 @@ pub struct Writer {
     salt: [u8; KEY],
     pub(crate) sealer: Sealer,
     pub(crate) index: LiveIndex,
+    /// Where the index was written.
+    settled: Option<Settled>,
     next_counter: AtomicU64,
     round: AtomicU32,
     written_bytes: AtomicU64,
+}
+
+/// An index that is durable.
+struct Settled {
+    sealed: Sealed,
+    file: Arc<dyn Storage>,
 }
 
 impl Writer {
@@ -166,7 +174,7 @@ impl Writer {
         memory
             .set_size(memory_bytes)
             .map_err(failed("extending", MEMORY))?;
-        for name in [STATE, INDEX, NEW_MANIFEST] {
+        for name in [STATE, INDEX, CHANGES, NEW_MANIFEST] {
             directory
                 .create(name, Transfer::Cached)
                 .map_err(failed("creating", name))?;
@@ -184,6 +192,7 @@ impl Writer {
             salt,
             sealer,
             index: LiveIndex::new(memory_bytes / CHUNK as u64),
+            settled: None,
             next_counter: AtomicU64::new(1),
             round: AtomicU32::new(1),
             written_bytes: AtomicU64::new(0),
@@ -275,6 +284,21 @@ impl Writer {
         self.flusher.request();
     }
 
+    /// Makes the index durable as it is now, so that [`Writer::finish`] has to write only what changes after
+    /// this: the guest need not be paused for what grows with its memory. May be done again.
+    ///
+    /// # Errors
+    /// When a chunk is absent, or the disk fails.
+    pub fn settle(&mut self) -> Result<(), SaveError> {
+        let index = self.index.settle().map_err(|chunk| SaveError::Absent { chunk })?;
+        let (sealed, bytes) = self.frames(Part::Index, index)?;
+        let file = self.put(INDEX, &bytes)?;
+        file.sync()
+            .map_err(|source| SaveError::io("syncing", self.directory.path(INDEX), source))?;
+        self.settled = Some(Settled { sealed, file });
+        Ok(())
+    }
+
     /// How far it is.
     pub fn progress(&self) -> Progress {
         Progress {
@@ -319,45 +343,50 @@ impl Writer {
     }
 
     /// Makes everything durable, the manifest under its temporary name.
-    fn prepare(self, state: &[u8], description: Description) -> Result<Report, SaveError> {
+    fn prepare(mut self, state: &[u8], description: Description) -> Result<Report, SaveError> {
         if state.len() as u64 > MAX_STATE {
             return Err(SaveError::Invalid {
                 reason: format!("a state of {} bytes, where {MAX_STATE} are possible", state.len()),
             });
         }
-        let index = self.index.encode().map_err(|chunk| SaveError::Absent { chunk })?;
+        if self.settled.is_none() {
+            self.settle()?;
+        }
+        let Some(settled) = &self.settled else {
+            return Err(SaveError::Sealing { part: INDEX });
+        };
+        let changes = self
+            .index
+            .changes()
+            .map_err(|chunk| SaveError::Absent { chunk })?;
         let data_chunks = self.index.data_chunks();
         let progress = self.progress();
-        let (sealed_index, index_bytes) = self.frames(Part::Index, index)?;
+        let (sealed_changes, changes_bytes) = self.frames(Part::Changes, changes)?;
         let (sealed_state, state_bytes) = self.frames(Part::State, state.to_vec())?;
-        let manifest = self.manifest(description, progress.round, sealed_index, sealed_state)?;
+        let manifest = self.manifest(
+            description,
+            progress.round,
+            [settled.sealed, sealed_changes, sealed_state],
+        )?;
         let failed = |action, name| {
             let path = self.directory.path(name);
             move |source| SaveError::io(action, path, source)
         };
         // The manifest is synced beside the rest: one wait for the disk, not two.
-        let mut others = Vec::new();
+        let mut all = vec![self.memory.clone()];
         for (name, bytes) in [
-            (INDEX, index_bytes),
+            (CHANGES, changes_bytes),
             (STATE, state_bytes),
             (NEW_MANIFEST, manifest),
         ] {
-            let file = self
-                .directory
-                .open_for_writing(name)
-                .map_err(failed("opening", name))?;
-            file.write(&bytes, 0).map_err(failed("writing", name))?;
-            others.push(file);
+            all.push(self.put(name, &bytes)?);
         }
-        let all: Vec<&dyn Storage> = std::iter::once(&self.memory)
-            .chain(&others)
-            .map(|file| file.as_ref())
-            .collect();
+        let files: Vec<&dyn Storage> = all.iter().map(|file| file.as_ref()).collect();
         self.directory
-            .sync_files(&all)
+            .sync_files(&files)
             .map_err(failed("syncing the files of", ""))?;
         let mut disk_bytes = 0;
-        for file in &all {
+        for file in std::iter::once(&settled.file).chain(&all) {
             disk_bytes += file
                 .allocated()
                 .map_err(failed("asking for the size of files of", ""))?;
@@ -382,12 +411,19 @@ impl Writer {
         dismantle(directory.as_ref())
     }
 
+    /// Writes the whole content of a small file; not durable yet.
+    fn put(&self, name: &'static str, bytes: &[u8]) -> Result<Arc<dyn Storage>, SaveError> {
+        let failed = |action| move |source| SaveError::io(action, self.directory.path(name), source);
+        let file = self.directory.open_for_writing(name).map_err(failed("opening"))?;
+        file.write(bytes, 0).map_err(failed("writing"))?;
+        Ok(file)
+    }
+
     fn manifest(
         &self,
         description: Description,
         rounds: u32,
-        index: Sealed,
-        state: Sealed,
+        [index, changes, state]: [Sealed; 3],
     ) -> Result<Vec<u8>, SaveError> {
         let invalid = |reason| SaveError::Invalid { reason };
         let identity = self.identity.clone();
@@ -409,6 +445,7 @@ impl Writer {
             chunks: self.index.chunks(),
             rounds,
             index,
+            changes,
             state,
             compatibility: description.compatibility,
         };
@@ -437,6 +474,7 @@ impl Writer {
                     part: match part {
                         Part::Memory => MEMORY,
                         Part::Index => INDEX,
+                        Part::Changes => CHANGES,
                         Part::State => STATE,
                     },
                 })?;

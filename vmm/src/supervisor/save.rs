@@ -234,12 +234,15 @@ impl Supervisor {
     fn pause_for_the_rest(
         &self,
         job: &Arc<Job>,
-        writer: Writer,
+        mut writer: Writer,
         source: Source,
         left: PageSet,
     ) -> Result<(), Failure> {
-        // Most of what the pause would flush.
-        flush(&source.disks)?;
+        // Most of what the pause would flush, and what would grow with memory.
+        if let Err(failure) = settle(&mut writer, &source.disks) {
+            give_up(writer, &job.request.directory);
+            return Err(failure);
+        }
         let mut inner = self.lock();
         if inner.state != VmState::Running || inner.boots != source.boots {
             give_up(writer, &job.request.directory);
@@ -487,6 +490,11 @@ fn flush(disks: &[Arc<Disk>]) -> Result<(), Failure> {
         .iter()
         .try_for_each(|disk| disk.flush())
         .map_err(Failure::Flush)
+}
+
+fn settle(writer: &mut Writer, disks: &[Arc<Disk>]) -> Result<(), Failure> {
+    flush(disks)?;
+    Ok(writer.settle()?)
 }
 
 fn give_up(writer: Writer, directory: &Path) {

@@ -523,7 +523,7 @@ fn a_checkpoint_that_is_not_the_guests_latest_word_is_refused_and_kept() {
     for (refusal, config) in cases {
         refused(&guest, &config, refusal);
     }
-    for name in [MANIFEST, "index", "state"] {
+    for name in [MANIFEST, "index", "changes", "state"] {
         let entry = fs::read_dir(&request.directory).unwrap().find_map(|entry| {
             let path = entry.unwrap().path();
             let file = path.file_name().unwrap().to_str().unwrap().to_owned();

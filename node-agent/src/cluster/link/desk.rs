@@ -14,7 +14,7 @@ use crate::cluster::kinds::Mirrored;
 use crate::cluster::mirror::{Facts, Step, step};
 use crate::cluster::objects::Cluster;
 use crate::cluster::reports::{self, Answer, Attempts, Due, PROGRESS, Target, Write};
-use crate::store::{self, Key};
+use crate::store::{self, Key, Objects};
 
 /// Of which kind something is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

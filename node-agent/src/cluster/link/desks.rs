@@ -14,7 +14,7 @@ use super::desk::{Agenda, Desk, Job, Tag};
 use crate::cluster::kinds::Mirrored;
 use crate::cluster::objects::Cluster;
 use crate::cluster::reports::{self, Answer, Attempts, HEARTBEAT, Target};
-use crate::store::{Key, Object};
+use crate::store::{Key, Object, Objects};
 
 /// The desks of all kinds.
 pub struct Desks {

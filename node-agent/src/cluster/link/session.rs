@@ -20,8 +20,9 @@ use super::desk::{Job, Tag};
 use super::desks::Desks;
 use super::health::Keeper;
 use crate::cluster::kinds::Mirrored;
-use crate::cluster::reports::{Answer, MANAGER};
+use crate::cluster::reports::Answer;
 use crate::store::{Key, Object};
+use understudy_api::managers::AGENT;
 
 /// Events of a watch that are taken in at once.
 const BATCH: usize = 256;
@@ -238,7 +239,7 @@ pub async fn host(client: &Client, node: &str) -> Result<Host, Trouble> {
         return Ok(host);
     }
     let params = PostParams {
-        field_manager: Some(MANAGER.to_owned()),
+        field_manager: Some(AGENT.to_owned()),
         ..PostParams::default()
     };
     match asked(api.create(&params, &Host::new(node, Default::default()))).await {
