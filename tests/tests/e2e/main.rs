@@ -12,6 +12,7 @@ mod host_busy;
 mod host_failures;
 mod node;
 mod refusals;
+mod sessions;
 mod vmm;
 
 use std::process::ExitCode;
@@ -77,6 +78,10 @@ const LONG: &[Test] = &[
     (
         "a_seamless_reboot_in_flight_is_aborted_or_waited_for_when_the_host_must_go",
         host_busy::a_seamless_reboot_in_flight_is_aborted_or_waited_for_when_the_host_must_go,
+    ),
+    (
+        "a_guest_under_load_is_healthy_after_fifty_saves",
+        sessions::a_guest_under_load_is_healthy_after_fifty_saves,
     ),
     (
         "a_power_cut_loses_only_sessions_that_were_not_saved",
