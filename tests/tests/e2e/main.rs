@@ -10,6 +10,7 @@ mod handover;
 mod host;
 mod host_busy;
 mod host_failures;
+mod kubelet;
 mod node;
 mod refusals;
 mod vmm;
@@ -48,6 +49,10 @@ const TESTS: &[Test] = &[
     (
         "a_guest_of_a_cluster_is_rebooted_while_its_api_server_is_away",
         cluster::a_guest_of_a_cluster_is_rebooted_while_its_api_server_is_away,
+    ),
+    (
+        "a_daemon_set_brings_the_agent_and_a_guest_is_rebooted_by_kubectl",
+        kubelet::a_daemon_set_brings_the_agent_and_a_guest_is_rebooted_by_kubectl,
     ),
 ];
 
