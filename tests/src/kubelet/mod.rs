@@ -16,8 +16,6 @@ use serde_json::{Value, json};
 use crate::bed::{Node, Ssh, wait_until};
 use crate::control_plane::ControlPlane;
 
-/// Subnet of the node's Pods, and the addresses that they get.
-const PODS: &str = "10.88.0.0/24";
 /// Group of kubelets; their user is `system:node:NAME`.
 const NODES: &str = "system:nodes";
 const CONFIG: &str = "/etc/kubernetes";
@@ -48,7 +46,7 @@ impl Kubelet {
         leave(node.ssh())?;
         programs::bring(node)?;
         kubelet.configure(plane)?;
-        node.netns().route(PODS, Node::ADDRESS)?;
+        node.netns().route(&pods(node), &node.address())?;
         let ssh = node.ssh();
         ssh.run(
             "systemctl daemon-reload && systemctl enable -q containerd kubelet && systemctl start containerd",
@@ -87,6 +85,11 @@ impl Kubelet {
         .with_context(|| self.tail())
     }
 
+    /// The Node's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Kills the kubelet (`kill -9`); Pods go on. It stays down until [`Kubelet::start`].
     pub fn kill(&self) -> Result<()> {
         self.node
@@ -109,7 +112,7 @@ impl Kubelet {
     fn configure(&self, plane: &ControlPlane) -> Result<()> {
         let authority = plane.authority()?;
         let client = authority.client(&format!("system:node:{}", self.name), Some(NODES))?;
-        let names = [self.name.clone(), Node::ADDRESS.to_owned()];
+        let names = [self.name.clone(), self.node.address()];
         let serving = authority.server(&format!("kubelet-{}", self.name), &names)?;
         let ssh = self.node.ssh();
         for (file, local) in [
@@ -128,14 +131,17 @@ impl Kubelet {
                 format!("{CONFIG}/kubelet.kubeconfig"),
                 kubeconfig(&plane.server()),
             ),
-            ("/etc/cni/net.d/10-pods.conflist".to_owned(), network()),
+            (
+                "/etc/cni/net.d/10-pods.conflist".to_owned(),
+                network(&pods(&self.node)),
+            ),
         ] {
             // JSON is YAML too.
             ssh.write(&file, &content.to_string())?;
         }
         ssh.write(
             &format!("{CONFIG}/kubelet.env"),
-            &format!("NODE_NAME={}\nNODE_ADDRESS={}\n", self.name, Node::ADDRESS),
+            &format!("NODE_NAME={}\nNODE_ADDRESS={}\n", self.name, self.node.address()),
         )
     }
 
@@ -178,8 +184,15 @@ fn kubeconfig(server: &str) -> Value {
     })
 }
 
+/// Subnet of a node's Pods: with the last number of its own address in it.
+fn pods(node: &Node) -> String {
+    let address = node.address();
+    let number = address.rsplit('.').next().unwrap_or_default();
+    format!("10.88.{number}.0/24")
+}
+
 /// A bridge of the node's own, without address translation.
-fn network() -> Value {
+fn network(pods: &str) -> Value {
     json!({
         "cniVersion": "1.0.0",
         "name": "pods",
@@ -187,7 +200,7 @@ fn network() -> Value {
             "type": "bridge",
             "bridge": "cni0",
             "isGateway": true,
-            "ipam": {"type": "host-local", "ranges": [[{"subnet": PODS}]], "routes": [{"dst": "0.0.0.0/0"}]},
+            "ipam": {"type": "host-local", "ranges": [[{"subnet": pods}]], "routes": [{"dst": "0.0.0.0/0"}]},
         }],
     })
 }

@@ -79,10 +79,10 @@ fn make_image(programs: &Programs, image: &Path) -> Result<std::path::PathBuf> {
         .arg(&content)
         .arg(image)
         .arg(format!("{}M", (size >> 20) * 105 / 100 + 16))
-        .status()
+        .output()
         .context("cannot run mke2fs (package e2fsprogs)")?;
-    if !made.success() {
-        bail!("mke2fs could not make {}", image.display());
+    if !made.status.success() {
+        bail!("mke2fs: {}", String::from_utf8_lossy(&made.stderr).trim());
     }
     fs::remove_dir_all(&content)?;
     Ok(image.to_path_buf())

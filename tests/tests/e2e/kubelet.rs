@@ -1,136 +1,26 @@
 //! A whole cluster on one node VM: a real kubelet runs what the chart installs, and the agent comes to its host as users
 //! get it, by the DaemonSet's Pod.
 
-use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::{Value, json};
-use understudy_tests::bed::{GATEWAY, repository, wait_until};
-use understudy_tests::control_plane::{self, ControlPlane, Options};
-use understudy_tests::demo::{MAC, guest_manifest, install_kernel};
+use serde_json::Value;
+use understudy_tests::bed::wait_until;
+use understudy_tests::demo::{MAC, guest_manifest};
 use understudy_tests::e2e::Context;
-use understudy_tests::kubelet::{Kubelet, images};
+use understudy_tests::kubelet::images;
 use understudy_tests::load::{Count, Load};
 use understudy_tests::machine::{Machine, condition_is};
 use understudy_tests::pair;
 
 use crate::guest::GUEST;
 use crate::handover::{OFTEN, QUIET, REBOOT_LIMIT, reboot};
+use crate::kubelet_bed::{Cluster, NAMESPACE, NODE, SOON};
 
-/// Where the chart is installed.
-const NAMESPACE: &str = "understudy";
-/// The Node's name: that of its host.
-const NODE: &str = "node";
 /// The version that agents are upgraded to.
 const NEXT: &str = "0.1.9";
 const BOOT_LIMIT: Duration = Duration::from_secs(480);
-/// Until Pods are replaced, or a controller or an agent has done what it does at once.
-const SOON: Duration = Duration::from_secs(300);
 const POLL: Duration = Duration::from_millis(500);
-
-/// The cluster of a test.
-struct Cluster {
-    plane: ControlPlane,
-    kubelet: Kubelet,
-    dir: std::path::PathBuf,
-}
-
-impl Cluster {
-    /// Control plane, kubelet and images; nothing of ours is installed.
-    fn start(context: &Context) -> Result<Cluster> {
-        let dir = repository().join("target/e2e/kubelet");
-        if dir.exists() {
-            // What a run left that was killed.
-            control_plane::stop(&dir)?;
-            fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
-        }
-        fs::create_dir_all(&dir)?;
-        let archives = [
-            images::bed(&context.binaries, &dir)?,
-            images::ours(&context.binaries, &dir)?,
-        ];
-        let options = Options {
-            address: GATEWAY.to_owned(),
-            netns: Some(context.node().netns().clone()),
-            controllers: true,
-            pods: true,
-            ..Options::default()
-        };
-        let plane = ControlPlane::start(&dir, options)?;
-        context.say("control plane");
-        let kubelet = Kubelet::join(context.node(), &plane, NODE, &archives)?;
-        Ok(Cluster { plane, kubelet, dir })
-    }
-
-    /// `helm install` or `upgrade` of the chart, with an agent of this version.
-    fn helm(&self, verb: &str, agent: &str) -> Result<()> {
-        // Nothing can be pulled here, as on nodes without a network.
-        let values = json!({
-            "operator": {"replicas": 1, "image": {"pullPolicy": "Never"}},
-            "agent": {
-                "image": {"pullPolicy": "Never", "tag": agent},
-                "config": {"namespaces": {"default": {"bridges": ["br0"]}}},
-            },
-        });
-        let chart = repository().join("charts/understudy").display().to_string();
-        let arguments = [
-            verb,
-            "understudy",
-            &chart,
-            "--namespace",
-            NAMESPACE,
-            "--create-namespace",
-        ];
-        let count = if verb == "install" { 6 } else { 5 };
-        self.plane.helm(&arguments[..count], Some(&values))?;
-        Ok(())
-    }
-
-    /// Waits until the workloads are as the chart says, Pod by Pod.
-    fn rolled_out(&self) -> Result<()> {
-        for workload in ["daemonset/understudy-agent", "deployment/understudy-operator"] {
-            let limit = format!("--timeout={}s", SOON.as_secs());
-            let rolled =
-                self.plane
-                    .kubectl(&["rollout", "status", workload, "--namespace", NAMESPACE, &limit]);
-            rolled.with_context(|| {
-                let told = self.plane.kubectl(&["get", "pods,events", "--all-namespaces"]);
-                told.unwrap_or_else(|error| format!("{error:#}"))
-            })?;
-        }
-        Ok(())
-    }
-
-    fn wait(&self, what: &str, kind: &str, name: &str, limit: Duration) -> Result<()> {
-        self.plane.kubectl(&[
-            "wait",
-            &format!("--for=condition={what}"),
-            &format!("--timeout={}s", limit.as_secs()),
-            kind,
-            name,
-        ])?;
-        Ok(())
-    }
-
-    /// The agent's Pod that is not about to end.
-    fn agent_pod(&self) -> Result<Value> {
-        let selector = "--selector=app.kubernetes.io/component=agent";
-        let pods = self.plane.get(&["pods", "--namespace", NAMESPACE, selector])?;
-        let mut pods = pods["items"].as_array().cloned().unwrap_or_default();
-        pods.retain(|pod| pod["metadata"]["deletionTimestamp"].is_null());
-        ensure!(pods.len() == 1, "there are {} agents' Pods", pods.len());
-        Ok(pods.remove(0))
-    }
-
-    fn heartbeat(&self) -> Result<String> {
-        let host = self.plane.get(&["host", NODE])?;
-        Ok(host["status"]["heartbeat"]
-            .as_str()
-            .unwrap_or_default()
-            .to_owned())
-    }
-}
 
 /// `helm install` on a node that knows nothing of us: the DaemonSet's Pod brings the agent, the operator's Pod leads, and
 /// kubectl declares a guest. The agent's Pod, kubelet and API server die: the guest does not notice. It is rebooted, and
@@ -159,18 +49,7 @@ pub fn a_daemon_set_brings_the_agent_and_a_guest_is_rebooted_by_kubectl(context:
         host["status"]
     );
 
-    machine.place_disk("web.img")?;
-    let guest = guest_manifest(GUEST, MAC, &format!("  nodeName: {NODE}\n"));
-    cluster.plane.apply(&guest)?;
-    cluster.wait("Ready", "guest", GUEST, BOOT_LIMIT)?;
-    cluster.wait("AgentConnected", "guest", GUEST, BOOT_LIMIT)?;
-    let address = machine.wait_for_guest(GUEST, BOOT_LIMIT)?;
-    let guest = pair::Guest {
-        name: GUEST,
-        ssh: machine.guest(&address),
-        address,
-    };
-    guest.ssh.wait(BOOT_LIMIT, || Ok(()))?;
+    let guest = guest_on(&machine, &cluster)?;
     let life = guest.life()?;
     let mut load = Load::start(&machine, &guest.address, "kubelet", OFTEN)?;
     let mut count = Count::start(&machine, &guest.address)?;
@@ -188,8 +67,6 @@ pub fn a_daemon_set_brings_the_agent_and_a_guest_is_rebooted_by_kubectl(context:
     }
     ensure!(guest.life()? == life, "the guest was started anew");
 
-    install_kernel(&machine, &guest.address)?;
-    cluster.wait("RebootRequired", "guest", GUEST, QUIET * 24)?;
     load.mark("reboot")?;
     the_agent_is_upgraded_under_a_reboot(context, &cluster)?;
 
@@ -226,6 +103,23 @@ pub fn a_daemon_set_brings_the_agent_and_a_guest_is_rebooted_by_kubectl(context:
     ));
     cluster.kubelet.leave()?;
     machine.clear()
+}
+
+/// Declares the guest on the node VM of all tests, and waits until it serves.
+pub fn guest_on(machine: &Machine, cluster: &Cluster) -> Result<pair::Guest> {
+    machine.place_disk("web.img")?;
+    let manifest = guest_manifest(GUEST, MAC, &format!("  nodeName: {NODE}\n"));
+    cluster.plane.apply(&manifest)?;
+    cluster.wait("Ready", "guest", GUEST, BOOT_LIMIT)?;
+    cluster.wait("AgentConnected", "guest", GUEST, BOOT_LIMIT)?;
+    let address = machine.wait_for_guest(GUEST, BOOT_LIMIT)?;
+    let ssh = machine.guest(&address);
+    ssh.wait(BOOT_LIMIT, || Ok(()))?;
+    Ok(pair::Guest {
+        name: GUEST,
+        address,
+        ssh,
+    })
 }
 
 /// The agent's Pod is deleted; then kubelet and API server are killed, and come back: each is heard of again.
@@ -273,6 +167,7 @@ fn the_agent_is_upgraded_under_a_reboot(context: &Context, cluster: &Cluster) ->
     let next = images::next_agent(&context.binaries, &cluster.dir, NEXT)?;
     cluster.kubelet.import(&next)?;
     let plane = &cluster.plane;
+    let before = plane.get(&["guest", GUEST])?;
     plane.apply(&reboot("kernel", ""))?;
     let phase = || -> Result<String> {
         let reboot = plane.get(&["seamlessreboot", "kernel"])?;
@@ -291,10 +186,9 @@ fn the_agent_is_upgraded_under_a_reboot(context: &Context, cluster: &Cluster) ->
     context.say(&format!("another version of the agent took over during {during}"));
     cluster.wait("Complete", "seamlessreboot", "kernel", REBOOT_LIMIT)?;
     cluster.rolled_out()?;
-    let guest = wait_until("the guest's new kernel in its status", SOON, POLL, || {
+    let guest = wait_until("the guest's new boot in its status", SOON, POLL, || {
         let guest = plane.get(&["guest", GUEST])?;
-        let newer = context.stage.images.newer_kernel.as_str();
-        Ok((guest["status"]["kernelRelease"] == newer).then_some(guest))
+        Ok((guest["status"]["bootID"] != before["status"]["bootID"]).then_some(guest))
     })?;
     ensure!(condition_is(&guest, "Ready", "True"), "{}", guest["status"]);
     context.say(

@@ -11,6 +11,8 @@ mod host;
 mod host_busy;
 mod host_failures;
 mod kubelet;
+mod kubelet_bed;
+mod kubelet_update;
 mod node;
 mod refusals;
 mod vmm;
@@ -86,6 +88,10 @@ const LONG: &[Test] = &[
     (
         "a_power_cut_loses_only_sessions_that_were_not_saved",
         host_failures::a_power_cut_loses_only_sessions_that_were_not_saved,
+    ),
+    (
+        "a_host_update_takes_one_node_of_a_cluster_after_the_other",
+        kubelet_update::a_host_update_takes_one_node_of_a_cluster_after_the_other,
     ),
 ];
 
