@@ -407,10 +407,14 @@ impl Node {
         };
         // QEMU keeps what it translated by virtual address: with randomised ones each exec is translated
         // anew, which costs two thirds of the time.
-        let cmdline = format!(
+        let mut cmdline = format!(
             "root=/dev/vda rw console=ttyS0 quiet loglevel=5 norandmaps mitigations=off systemd.hostname=node ip={}::{GATEWAY}:255.255.255.0::br0:off",
             self.address()
         );
+        if self.number > 0 {
+            // The image's is the first one's; the address of a node's bridge follows from it, for one.
+            cmdline.push_str(&format!(" systemd.machine_id={:032x}", self.number));
+        }
         run(self
             .netns
             .command(&images.qemu)

@@ -29,7 +29,7 @@ const SLEEPER: Image = Image {
 /// The bed's own images, `bed.understudy.dev/pause:1` and `bed.understudy.dev/sleeper:1`.
 pub fn bed(binaries: &Path, dir: &Path) -> Result<PathBuf> {
     let stripped = dir.join("bed");
-    strip(binaries, &PAUSE.binaries, &stripped)?;
+    strip(binaries, PAUSE.binaries, &stripped)?;
     let mut layout = Layout::new(Timestamp::UNIX_EPOCH);
     for image in [PAUSE, SLEEPER] {
         let identity = Identity {
