@@ -10,6 +10,7 @@ pub mod control_plane;
 pub mod counter;
 pub mod demo;
 pub mod e2e;
+pub mod kubelet;
 pub mod ledger;
 pub mod load;
 pub mod machine;

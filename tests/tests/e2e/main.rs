@@ -10,6 +10,9 @@ mod handover;
 mod host;
 mod host_busy;
 mod host_failures;
+mod kubelet;
+mod kubelet_bed;
+mod kubelet_update;
 mod node;
 mod refusals;
 mod sessions;
@@ -50,6 +53,10 @@ const TESTS: &[Test] = &[
         "a_guest_of_a_cluster_is_rebooted_while_its_api_server_is_away",
         cluster::a_guest_of_a_cluster_is_rebooted_while_its_api_server_is_away,
     ),
+    (
+        "a_daemon_set_brings_the_agent_and_a_guest_is_rebooted_by_kubectl",
+        kubelet::a_daemon_set_brings_the_agent_and_a_guest_is_rebooted_by_kubectl,
+    ),
 ];
 
 /// More reboots of the host, minutes each on an emulated one: `make e2e ARGS=--ignored` runs them, and with `T=name` one
@@ -86,6 +93,10 @@ const LONG: &[Test] = &[
     (
         "a_power_cut_loses_only_sessions_that_were_not_saved",
         host_failures::a_power_cut_loses_only_sessions_that_were_not_saved,
+    ),
+    (
+        "a_host_update_takes_one_node_of_a_cluster_after_the_other",
+        kubelet_update::a_host_update_takes_one_node_of_a_cluster_after_the_other,
     ),
 ];
 
