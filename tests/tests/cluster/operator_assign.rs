@@ -32,9 +32,9 @@ pub async fn guests(bed: &Arc<Bed>) -> Result<()> {
     ensure!(web.metadata.finalizers == Some(vec!["understudy.dev/guest".to_owned()]));
     let running = |extra: Value| {
         let mut status = json!({"phase": "Running", "conditions": [condition("Ready", "True", "Running")]});
-        status
-            .as_object_mut()
-            .map(|fields| fields.extend(extra.as_object().cloned().unwrap_or_default()));
+        if let (Some(fields), Some(more)) = (status.as_object_mut(), extra.as_object()) {
+            fields.extend(more.clone());
+        }
         status
     };
     agent.writes("Guest", "web", running(json!({}))).await?;

@@ -100,8 +100,9 @@ async fn pass(bed: &Bed, agent: &Agent, fails: &AtomicBool, underway: &Underway)
 fn spec(pool: &str, more: Value) -> Value {
     let mut spec =
         json!({"nodeSelector": {"matchLabels": {"pool": pool}}, "expect": {"kernelRelease": NEWER}});
-    spec.as_object_mut()
-        .map(|fields| fields.extend(more.as_object().cloned().unwrap_or_default()));
+    if let (Some(fields), Some(more)) = (spec.as_object_mut(), more.as_object()) {
+        fields.extend(more.clone());
+    }
     spec
 }
 
