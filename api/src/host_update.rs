@@ -338,8 +338,7 @@ fn thirty_minutes() -> String {
 #[serde(rename_all = "camelCase")]
 pub struct HostUpdateAction {
     /// `Abort`: passes whose host is not rebooting yet are taken back, their guests run on, and no other
-    /// one is begun for what `expect` and `update` ask for; a change of these is another try. Taken out of the
-    /// spec it still holds (`status.aborted`).
+    /// one is begun for this generation.
     #[serde(rename = "type")]
     pub kind: HostUpdateActionKind,
 }
@@ -370,10 +369,6 @@ pub struct HostUpdateStatus {
     /// How many of them have failed.
     #[serde(default)]
     pub failed: i32,
-    /// What was aborted: a digest of `expect` and `update`. No pass is begun while they are the same, whatever
-    /// has become of `action`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub aborted: Option<String>,
     /// The selected nodes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nodes: Vec<UpdatedNode>,
@@ -390,7 +385,6 @@ impl Default for HostUpdateStatus {
             updated: 0,
             underway: 0,
             failed: 0,
-            aborted: None,
             nodes: Vec::new(),
             conditions: Vec::new(),
         }

@@ -70,19 +70,6 @@ fn generation(update: &HostUpdate) -> i64 {
     update.metadata.generation.unwrap_or(0)
 }
 
-/// What of a HostUpdate is aborted, for `status.aborted`: by its `action`, or by an earlier one that is there no
-/// more, where `expect` and `update` are what they were then.
-pub fn aborted(update: &HostUpdate) -> Option<String> {
-    let asks = update.spec.action.map(|action| action.kind) == Some(HostUpdateActionKind::Abort);
-    let told = update.status.as_ref().and_then(|status| status.aborted.as_ref());
-    if !asks && told.is_none() {
-        return None;
-    }
-    let goal = serde_json::to_vec(&(&update.spec.expect, &update.spec.update)).unwrap_or_default();
-    let goal = Uuid::new_v5(&Uuid::NAMESPACE_OID, &goal).to_string();
-    (asks || told == Some(&goal)).then_some(goal)
-}
-
 /// Whether a NodeUpdate is one of this HostUpdate.
 pub fn is_pass_of(pass: &NodeUpdate, update: &HostUpdate) -> bool {
     let reference = pass.spec.host_update.as_ref();
@@ -137,9 +124,8 @@ pub fn want(update: &HostUpdate, passes: &[NodeUpdate], seen: &Seen) -> Want {
     if update.metadata.deletion_timestamp.is_some() {
         return waits(reasons::ABORTED, "the HostUpdate is being deleted");
     }
-    if aborted(update).is_some() {
-        let message = "it was aborted: no pass is begun until expect or update change";
-        return waits(reasons::ABORTED, message);
+    if update.spec.action.map(|action| action.kind) == Some(HostUpdateActionKind::Abort) {
+        return waits(reasons::ABORTED, "action is Abort: no pass is begun");
     }
     if update.spec.paused {
         return waits(reasons::PAUSED, "paused is true: no pass is begun");

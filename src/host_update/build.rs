@@ -9,8 +9,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::{Resource, ResourceExt};
 use serde_json::{Map, Value, json};
 use understudy_api::conditions::{reasons, types};
-use understudy_api::host_update::UpdatedNode;
-use understudy_api::rollout::{Seen, Want, aborted, pass_name, want};
+use understudy_api::host_update::{HostUpdateActionKind, UpdatedNode};
+use understudy_api::rollout::{Seen, Want, pass_name, want};
 use understudy_api::window::Passage;
 use understudy_api::{HostUpdate, NodeUpdate, NodeUpdatePhase, duration};
 
@@ -86,7 +86,8 @@ pub fn build(update: &HostUpdate, found: &Found, now: Timestamp) -> Plan {
         .map(|place| row(update, place, found, now, &mut again))
         .collect();
     let picks = pick(update, &mut rows);
-    let aborts = is_deleting || aborted(update).is_some();
+    let aborts =
+        is_deleting || update.spec.action.map(|action| action.kind) == Some(HostUpdateActionKind::Abort);
     let delete: Vec<_> = found
         .passes
         .iter()
@@ -348,7 +349,7 @@ fn status(update: &HostUpdate, rows: &[Row], now: Timestamp) -> Status {
     let wanted: Vec<_> = wanted.iter().map(Owned::wanted).collect();
     let conditions = carry(&live.conditions, generation, now, &wanted);
     let nodes: Vec<&UpdatedNode> = rows.iter().map(|row| &row.node).collect();
-    let mut fields = json!({
+    let fields = json!({
         "observedGeneration": generation,
         "selected": rows.len(),
         "updated": number(&[State::Satisfied]),
@@ -357,9 +358,6 @@ fn status(update: &HostUpdate, rows: &[Row], now: Timestamp) -> Status {
         "nodes": nodes,
         "conditions": conditions,
     });
-    if let Some(aborted) = aborted(update) {
-        fields["aborted"] = aborted.into();
-    }
     Status {
         fields: match fields {
             Value::Object(fields) => fields,
@@ -417,6 +415,7 @@ fn overall(update: &HostUpdate, rows: &[Row]) -> Overall {
         message: message.clone(),
     };
     let may_fail = usize::try_from(update.spec.max_failures).unwrap_or(0);
+    let aborts = update.spec.action.map(|action| action.kind) == Some(HostUpdateActionKind::Abort);
     if rows.is_empty() {
         let mut overall = is(true, false, false, reasons::NOT_SELECTED);
         overall.message = "spec.nodeSelector selects no node".to_owned();
@@ -433,7 +432,7 @@ fn overall(update: &HostUpdate, rows: &[Row]) -> Overall {
     if is_moving || update.metadata.deletion_timestamp.is_some() {
         return is(false, true, false, reasons::IN_PROGRESS);
     }
-    if aborted(update).is_some() {
+    if aborts {
         return is(false, false, false, reasons::ABORTED);
     }
     if update.spec.paused {

@@ -1,5 +1,5 @@
 use understudy_api::Host;
-use understudy_api::host_update::{HostUpdateAction, HostUpdateActionKind, HostUpdateStatus};
+use understudy_api::host_update::{HostUpdateAction, HostUpdateStatus};
 
 use super::*;
 
@@ -234,31 +234,6 @@ fn paused_begins_nothing_and_abort_takes_back_what_is_not_rebooting() {
         .collect();
     assert_eq!(deleted, ["a"]);
     assert!(!plan.picks);
-}
-
-#[test]
-fn what_was_aborted_stays_so_until_something_else_is_asked_for() {
-    let mut play = Play::new(json!({"expect": {"kernelRelease": "6.1.0-2"}}), &["a"]);
-    play.update.spec.action = Some(HostUpdateAction {
-        kind: HostUpdateActionKind::Abort,
-    });
-    let status = play.settle(at(0));
-    assert_eq!(condition(&status, "Ready"), "False Aborted");
-    // As Git's sync does.
-    play.update.spec.action = None;
-    play.update.metadata.generation = Some(2);
-    let status = play.settle(at(1));
-    assert_eq!(condition(&status, "Ready"), "False Aborted");
-    assert!(play.passes().is_empty());
-    play.update.spec.paused = true;
-    play.settle(at(2));
-    play.update.spec.paused = false;
-    play.settle(at(3));
-    assert!(play.passes().is_empty());
-    play.update.spec.expect.as_mut().unwrap().kernel_release = Some("6.1.0-3".to_owned());
-    let status = play.settle(at(4));
-    assert_eq!(play.passes(), ["a"]);
-    assert_eq!(status.aborted, None);
 }
 
 #[test]

@@ -13,10 +13,6 @@ mod crds;
 mod link;
 mod link_bed;
 mod link_server;
-mod operator;
-mod operator_assign;
-mod operator_bed;
-mod operator_rollout;
 mod rules;
 mod samples;
 
@@ -69,14 +65,6 @@ const TESTS: &[Test] = &[
     (
         "an_api_server_that_was_away_has_lost_nothing",
         control_plane::an_api_server_that_was_away_has_lost_nothing,
-    ),
-    (
-        "operator_assigns_rolls_out_and_uses_every_right",
-        operator::operator_assigns_rolls_out_and_uses_every_right,
-    ),
-    (
-        "operator_that_dies_is_followed_by_another",
-        operator::operator_that_dies_is_followed_by_another,
     ),
     (
         "link_what_is_assigned_comes_in_and_what_happens_goes_out",
