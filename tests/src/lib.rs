@@ -13,6 +13,7 @@ pub mod e2e;
 pub mod ledger;
 pub mod load;
 pub mod machine;
+pub mod operator;
 pub mod outside;
 pub mod pair;
 pub mod updates;

@@ -11,6 +11,7 @@
 
 mod certificates;
 mod kubectl;
+pub mod objects;
 mod process;
 mod programs;
 
