@@ -139,4 +139,14 @@ mod tests {
     fn an_agent_cannot_name_the_node_update_of_a_host_update() {
         assert!(matches!(build(&host("kernel-0a1b2c", None)), Plan::Refuse(_)));
     }
+
+    #[test]
+    fn a_new_host_is_left_alone_until_its_agent_may_have_spoken() {
+        let mut host = host("host-0a1b2c", None);
+        let made: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
+        host.metadata.creation_timestamp = Some(understudy_api::Time(made));
+        let at = |seconds| made + SignedDuration::from_secs(seconds);
+        assert!(left(&host, at(1)).is_some_and(|left| left > Duration::from_secs(38)));
+        assert_eq!(left(&host, at(40)), None);
+    }
 }

@@ -11,8 +11,8 @@ use jiff::Timestamp;
 use kube::Client;
 use kube::api::{Api, DeleteParams, DynamicObject, Patch, PatchParams};
 use serde_json::{Value, json};
+use understudy_api::API_VERSION;
 use understudy_api::managers::AGENT;
-use understudy_api::{API_VERSION, ResourceExt};
 
 use understudy_tests::control_plane::objects::{api, apply_status, make};
 use understudy_tests::operator::Agents;
@@ -152,10 +152,9 @@ impl Bed {
     pub async fn phase(&self, kind: &str, namespace: &str, name: &str, phase: &str, ago: i64) -> Result<()> {
         let there = self.get(kind, namespace, name).await?;
         let since = Timestamp::now() - jiff::SignedDuration::from_secs(ago);
-        let mut transitions = there["status"]["phaseTransitions"].clone();
-        if let Some(list) = transitions.as_array_mut() {
-            list.push(json!({"phase": phase, "transitionTime": since.to_string()}));
-        }
+        let before = there["status"]["phaseTransitions"].as_array();
+        let mut transitions = before.cloned().unwrap_or_default();
+        transitions.push(json!({"phase": phase, "transitionTime": since.to_string()}));
         let (ready, ended) = match phase {
             "Succeeded" | "Resumed" => ("True", "Complete"),
             "Failed" | "Aborted" => ("False", "Failed"),

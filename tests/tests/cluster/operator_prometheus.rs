@@ -1,43 +1,50 @@
 //! A server that speaks as much of Prometheus' API as blockers ask for: `GET /api/v1/alerts`.
 
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::task::JoinHandle;
 
 /// The server; it ends when this is dropped.
 pub struct Prometheus {
-    address: String,
+    address: SocketAddr,
     /// What it answers; none: it fails.
     answer: Arc<Mutex<Option<Value>>>,
-    task: JoinHandle<()>,
+    ends: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Prometheus {
-    pub async fn start() -> Result<Prometheus> {
-        let listener = TcpListener::bind("127.0.0.1:0").await?;
-        let address = format!("http://{}", listener.local_addr()?);
-        let answer: Arc<Mutex<Option<Value>>> = Arc::default();
-        let told = answer.clone();
-        let task = tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
+    pub fn start() -> Result<Prometheus> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let address = listener.local_addr()?;
+        let (answer, ends): (Arc<Mutex<Option<Value>>>, Arc<AtomicBool>) = Default::default();
+        let (told, asked) = (answer.clone(), ends.clone());
+        let thread = std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                if asked.load(Ordering::Relaxed) {
+                    return;
+                }
                 let answer = told.lock().unwrap_or_else(PoisonError::into_inner).clone();
                 // Whoever hangs up has no answer.
-                let _ = serve(stream, answer).await;
+                let _ = serve(stream, answer);
             }
         });
         Ok(Prometheus {
             address,
             answer,
-            task,
+            ends,
+            thread: Some(thread),
         })
     }
 
-    pub fn address(&self) -> &str {
-        &self.address
+    pub fn address(&self) -> String {
+        format!("http://{}", self.address)
     }
 
     /// These alerts fire, and another one is pending.
@@ -67,15 +74,23 @@ impl Prometheus {
 
 impl Drop for Prometheus {
     fn drop(&mut self) {
-        self.task.abort();
+        self.ends.store(true, Ordering::Relaxed);
+        // It waits for somebody to come.
+        let _ = TcpStream::connect(self.address);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 
-async fn serve(mut stream: TcpStream, answer: Option<Value>) -> std::io::Result<()> {
+fn serve(mut stream: TcpStream, answer: Option<Value>) -> std::io::Result<()> {
+    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
     let mut request = Vec::new();
+    let mut part = [0; 1024];
     while !request.ends_with(b"\r\n\r\n") {
-        if stream.read_buf(&mut request).await? == 0 {
-            return Ok(());
+        match stream.read(&mut part)? {
+            0 => return Ok(()),
+            count => request.extend_from_slice(&part[..count]),
         }
     }
     let is_asked = request.starts_with(b"GET /api/v1/alerts HTTP/1.1\r\n");
@@ -92,7 +107,6 @@ async fn serve(mut stream: TcpStream, answer: Option<Value>) -> std::io::Result<
         "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
         body.len()
     );
-    stream.write_all(head.as_bytes()).await?;
-    stream.write_all(body.as_bytes()).await?;
-    stream.shutdown().await
+    stream.write_all(head.as_bytes())?;
+    stream.write_all(body.as_bytes())
 }

@@ -199,7 +199,7 @@ async fn a_rollout_that_may_not_begin_says_why(bed: &Bed) -> Result<()> {
     .await?;
     waits("WindowClosed", &format!("{start} +00:00")).await?;
 
-    let prometheus = Prometheus::start().await?;
+    let prometheus = Prometheus::start()?;
     prometheus.fire(&["CephOSDDown", "Watchdog"]);
     bed.pod(name, "nightly", node, json!({"labels": {"app": "backup"}}))
         .await?;
