@@ -39,7 +39,8 @@ fn good(kind: Kind) -> Value {
                 "nodeSelector": {"matchLabels": {"kubernetes.io/hostname": "node-a"}},
                 "maxUnavailable": "20%", "returnTimeout": "15m",
                 "window": {"timeZone": "Europe/Berlin", "days": ["Friday"], "start": "22:00", "end": "04:00"},
-                "blockers": [{"name": "backups", "pods": {"namespace": "backup", "matchLabels": {"app": "backup"}}}],
+                "blockers": [{"name": "backups", "pods": {"namespace": "backup", "matchLabels": {"app": "backup"}}},
+                    {"name": "storage", "alerts": {"server": "http://prometheus:9090", "names": ["Ceph*"]}}],
             })),
         }),
         Kind::NodeUpdate => json!({
@@ -157,6 +158,7 @@ fn changes(kind: Kind) -> Vec<(&'static str, Value)> {
             "/spec/window/end",
             "/spec/blockers/0/name",
             "/spec/blockers/0/pods/namespace",
+            "/spec/blockers/1/alerts/server",
         ],
         Kind::Host => &[],
         Kind::NodeUpdate => &[

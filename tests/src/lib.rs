@@ -14,6 +14,7 @@ pub mod kubelet;
 pub mod ledger;
 pub mod load;
 pub mod machine;
+pub mod operator;
 pub mod outside;
 pub mod pair;
 pub mod updates;

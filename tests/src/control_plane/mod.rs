@@ -12,6 +12,7 @@
 mod certificates;
 mod helm;
 mod kubectl;
+pub mod objects;
 mod process;
 mod programs;
 
