@@ -207,6 +207,15 @@ fn changes(kind: Kind) -> Vec<(&'static str, Value)> {
             for text in ["0%", "1%", "99%", "100%", "101%", "020%", "%", "1 %", "5"] {
                 changes.push(("/spec/maxUnavailable", json!(text)));
             }
+            let (pods, alerts) = (
+                json!({"matchLabels": {"app": "backup"}}),
+                json!({"server": "http://prometheus:9090", "names": ["Ceph*"]}),
+            );
+            changes.push(("/spec/blockers/0", json!({"name": "neither"})));
+            changes.push((
+                "/spec/blockers/0",
+                json!({"name": "both", "pods": pods, "alerts": alerts}),
+            ));
         }
         Kind::NodeUpdate => changes.extend([
             ("/spec/origin", json!("Host")),
