@@ -12,6 +12,7 @@ mod host_busy;
 mod host_failures;
 mod node;
 mod refusals;
+mod rollback;
 mod vmm;
 
 use std::process::ExitCode;
@@ -35,6 +36,10 @@ const TESTS: &[Test] = &[
     (
         "a_clone_that_panics_or_stays_silent_costs_nothing",
         handover::a_clone_that_panics_or_stays_silent_costs_nothing,
+    ),
+    (
+        "a_rehearsal_leaves_the_guest_alone_and_an_approved_cutover_is_rolled_back_while_it_serves",
+        rollback::a_rehearsal_leaves_the_guest_alone_and_an_approved_cutover_is_rolled_back_while_it_serves,
     ),
     ("what_cannot_work_says_why", refusals::what_cannot_work_says_why),
     (
