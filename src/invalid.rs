@@ -53,11 +53,24 @@ async fn tell(invalid: &Invalid, context: &Context) -> Result<(), Error> {
         Some(namespace) => Api::namespaced_with(client, &namespace, &resource),
         None => Api::all_with(client, &resource),
     };
-    let parameters = PatchParams::apply(OPERATOR);
-    let patch = Patch::Apply(status(&object, invalid));
-    let write = api.patch_status(&name, &parameters, &patch);
     let action = format!("telling that {} {name} is invalid", invalid.kind);
-    context.writer.fenced(&action, write).await.map(drop)
+    let body = status(&object, invalid);
+    let (parameters, patch) = (PatchParams::apply(OPERATOR), Patch::Apply(&body));
+    let write = api.patch_status(&name, &parameters, &patch);
+    match context.writer.fenced(&action, write).await {
+        // Nothing can be applied to an object with a value of another type than the schema's.
+        Err(Error::Api { source, .. }) if matches!(&*source, kube::Error::Api(status) if status.code == 500) =>
+        {
+            let parameters = PatchParams {
+                field_manager: Some(OPERATOR.to_owned()),
+                ..PatchParams::default()
+            };
+            let patch = Patch::Merge(&body);
+            let write = api.patch_status(&name, &parameters, &patch);
+            context.writer.fenced(&action, write).await.map(drop)
+        }
+        told => told.map(drop),
+    }
 }
 
 fn status(object: &DynamicObject, invalid: &Invalid) -> Value {

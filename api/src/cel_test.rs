@@ -46,7 +46,8 @@ fn good(kind: Kind) -> Value {
                 "nodeSelector": {"matchLabels": {"kubernetes.io/hostname": "node-a"}},
                 "maxUnavailable": "20%", "returnTimeout": "15m",
                 "window": {"timeZone": "Europe/Berlin", "days": ["Friday"], "start": "22:00", "end": "04:00"},
-                "blockers": [{"name": "backups", "pods": {"namespace": "backup", "matchLabels": {"app": "backup"}}}],
+                "blockers": [{"name": "backups", "pods": {"namespace": "backup", "matchLabels": {"app": "backup"}}},
+                    {"name": "storage", "alerts": {"server": "http://prometheus:9090", "names": ["Ceph*"]}}],
             })),
         }),
         Kind::NodeUpdate => json!({
@@ -168,6 +169,7 @@ fn changes(kind: Kind) -> Vec<(&'static str, Value)> {
             "/spec/window/end",
             "/spec/blockers/0/name",
             "/spec/blockers/0/pods/namespace",
+            "/spec/blockers/1/alerts/server",
         ],
         Kind::Host => &[],
         Kind::NodeUpdate => &[
@@ -224,6 +226,15 @@ fn changes(kind: Kind) -> Vec<(&'static str, Value)> {
             for text in ["0%", "1%", "99%", "100%", "101%", "020%", "%", "1 %", "5"] {
                 changes.push(("/spec/maxUnavailable", json!(text)));
             }
+            let (pods, alerts) = (
+                json!({"matchLabels": {"app": "backup"}}),
+                json!({"server": "http://prometheus:9090", "names": ["Ceph*"]}),
+            );
+            changes.push(("/spec/blockers/0", json!({"name": "neither"})));
+            changes.push((
+                "/spec/blockers/0",
+                json!({"name": "both", "pods": pods, "alerts": alerts}),
+            ));
         }
         Kind::NodeUpdate => changes.extend([
             ("/spec/origin", json!("Host")),

@@ -159,7 +159,7 @@ pub mod reasons {
     pub const WINDOW_CLOSED: &str = "WindowClosed";
     /// `window` names no time zone or time that is known.
     pub const WINDOW_INVALID: &str = "WindowInvalid";
-    /// A Pod that one of `blockers` names runs on the node.
+    /// A Pod that one of `blockers` names runs on the node, or an alert that it names fires.
     pub const BLOCKED: &str = "Blocked";
     /// No node is selected.
     pub const NOT_SELECTED: &str = "NotSelected";

@@ -52,6 +52,7 @@ static HOST_UPDATE: LazyLock<Definition> = LazyLock::new(|| {
         &[
             ("status.nodes", Some("name")),
             ("spec.blockers", Some("name")),
+            ("spec.blockers[].alerts.names", None),
             ("spec.window.days", None),
             ("spec.update.command", None),
             ("spec.reboot.command", None),

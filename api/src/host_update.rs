@@ -78,10 +78,16 @@ pub struct HostUpdateSpec {
     /// How sessions are saved.
     #[serde(default)]
     pub sessions: Sessions,
+    /// How many finished NodeUpdates are kept of each node, the latest ones; older ones are deleted. What has
+    /// become of the present generation is kept in any case.
+    #[serde(default = "three")]
+    #[schemars(range(min = 1, max = 100))]
+    pub history_limit: i32,
     /// No new pass is begun while this is true; those that have begun go on.
     #[serde(default)]
     pub paused: bool,
-    /// What is asked of passes that have begun. Not to be kept in Git.
+    /// What is asked of passes that have begun. Not to be kept in Git: it is noted in the status once it was seen,
+    /// and removing it changes nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub action: Option<HostUpdateAction>,
 }
@@ -100,6 +106,7 @@ impl Default for HostUpdateSpec {
             expect: None,
             reboot: Reboot::default(),
             sessions: Sessions::default(),
+            history_limit: three(),
             paused: false,
             action: None,
         }
@@ -128,7 +135,34 @@ pub struct Blocker {
     pub name: String,
     /// Pods that shall not be disturbed: while one of them runs on a node, no pass over it begins. Without a
     /// cluster there are none.
-    pub pods: PodSelector,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pods: Option<PodSelector>,
+    /// Alerts that shall not be made worse: while one of them fires, no pass begins over any node. In a cluster
+    /// only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alerts: Option<AlertSelector>,
+}
+
+/// Alerts of a Prometheus server, by their names.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AlertSelector {
+    /// Where the server is, such as `http://prometheus.monitoring:9090`; the operator asks it for `/api/v1/alerts`.
+    /// One that cannot be asked blocks, too.
+    pub server: String,
+    /// Names of alerts (their label `alertname`); one that ends in `*` stands for all that begin like it.
+    #[schemars(length(min = 1, max = 64), inner(length(min = 1, max = 256)))]
+    pub names: Vec<String>,
+}
+
+impl AlertSelector {
+    /// Whether an alert of this name is selected.
+    pub fn selects(&self, alert: &str) -> bool {
+        self.names.iter().any(|name| match name.strip_suffix('*') {
+            Some(beginning) => alert.starts_with(beginning),
+            None => alert == name,
+        })
+    }
 }
 
 /// Pods, by their labels.
@@ -177,6 +211,10 @@ pub enum DrainMode {
 
 fn one() -> IntOrString {
     IntOrString::Int(1)
+}
+
+fn three() -> i32 {
+    3
 }
 
 fn fifteen_minutes() -> String {
@@ -338,7 +376,7 @@ fn thirty_minutes() -> String {
 #[serde(rename_all = "camelCase")]
 pub struct HostUpdateAction {
     /// `Abort`: passes whose host is not rebooting yet are taken back, their guests run on, and no other
-    /// one is begun for this generation.
+    /// one is begun until something else in the spec is changed.
     #[serde(rename = "type")]
     pub kind: HostUpdateActionKind,
 }
@@ -372,6 +410,9 @@ pub struct HostUpdateStatus {
     /// The selected nodes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nodes: Vec<UpdatedNode>,
+    /// That it was aborted. It stays so when `action` is removed; any other change of the spec is another try.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub aborted: Option<Aborted>,
     /// `Ready`, `Reconciling` and `Stalled` (as kstatus reads them).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
@@ -386,9 +427,20 @@ impl Default for HostUpdateStatus {
             underway: 0,
             failed: 0,
             nodes: Vec::new(),
+            aborted: None,
             conditions: Vec::new(),
         }
     }
+}
+
+/// What was aborted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Aborted {
+    /// The last generation of which it is known.
+    pub generation: i64,
+    /// Digest of the spec without `action`.
+    pub spec: String,
 }
 
 /// One selected node.
@@ -454,6 +506,16 @@ mod tests {
         assert_eq!(of(percent("1%"), 2), 1);
         assert_eq!(of(percent("100%"), 7), 7);
         assert_eq!(HostUpdateSpec::default().may_be_unavailable(7), 1);
+    }
+
+    #[test]
+    fn alerts_are_selected_by_name_or_by_how_it_begins() {
+        let alerts = AlertSelector {
+            server: String::new(),
+            names: vec!["EtcdDown".to_owned(), "Ceph*".to_owned()],
+        };
+        assert!(alerts.selects("EtcdDown") && alerts.selects("CephOSDDown"));
+        assert!(!alerts.selects("EtcdDownstream") && !alerts.selects("Watchdog"));
     }
 
     #[test]

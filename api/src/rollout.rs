@@ -8,7 +8,7 @@ use kube::core::ResourceExt;
 use uuid::Uuid;
 
 use crate::conditions::reasons;
-use crate::host_update::HostUpdateActionKind;
+use crate::host_update::{Aborted, HostUpdateActionKind, HostUpdateSpec};
 use crate::node_update::{HostUpdateReference, NodeUpdateSpec, Origin};
 use crate::window::Passage;
 use crate::{HostUpdate, NodeUpdate, NodeUpdatePhase};
@@ -76,6 +76,33 @@ pub fn is_pass_of(pass: &NodeUpdate, update: &HostUpdate) -> bool {
     reference.is_some_and(|reference| reference.uid == uid(update))
 }
 
+/// Whether `update` is aborted, as its status shall note it: `action` asks for it, or has asked for it and nothing but
+/// `action` was changed since.
+pub fn aborted(update: &HostUpdate) -> Option<Aborted> {
+    let asked = update.spec.action.map(|action| action.kind) == Some(HostUpdateActionKind::Abort);
+    let now = Aborted {
+        generation: generation(update),
+        spec: digest(&update.spec),
+    };
+    let noted = update.status.as_ref().and_then(|status| status.aborted.as_ref());
+    // The generation first: where it is the same, a digest that is not was made by another version of this program.
+    let holds = noted.is_some_and(|noted| noted.generation == now.generation || noted.spec == now.spec);
+    (asked || holds).then_some(now)
+}
+
+/// Of all that a spec says but its `action`.
+fn digest(spec: &HostUpdateSpec) -> String {
+    let spec = HostUpdateSpec {
+        action: None,
+        ..spec.clone()
+    };
+    // Fields in the order of the type: what has no value is not written.
+    let text = serde_json::to_string(&spec).unwrap_or_default();
+    Uuid::new_v5(&Uuid::NAMESPACE_OID, text.as_bytes())
+        .simple()
+        .to_string()
+}
+
 /// What `update` asks for, where `passes` are the NodeUpdates of this node.
 pub fn want(update: &HostUpdate, passes: &[NodeUpdate], seen: &Seen) -> Want {
     if !update.spec.node_selector.selects(&seen.labels) {
@@ -124,8 +151,11 @@ pub fn want(update: &HostUpdate, passes: &[NodeUpdate], seen: &Seen) -> Want {
     if update.metadata.deletion_timestamp.is_some() {
         return waits(reasons::ABORTED, "the HostUpdate is being deleted");
     }
-    if update.spec.action.map(|action| action.kind) == Some(HostUpdateActionKind::Abort) {
-        return waits(reasons::ABORTED, "action is Abort: no pass is begun");
+    if aborted(update).is_some() {
+        return waits(
+            reasons::ABORTED,
+            "it was aborted: no pass is begun until its spec is changed",
+        );
     }
     if update.spec.paused {
         return waits(reasons::PAUSED, "paused is true: no pass is begun");
@@ -159,4 +189,57 @@ pub fn want(update: &HostUpdate, passes: &[NodeUpdate], seen: &Seen) -> Want {
             sessions: spec.sessions.clone(),
         },
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn update(generation: i64, spec: serde_json::Value, before: Option<&HostUpdate>) -> HostUpdate {
+        let mut update: HostUpdate = serde_json::from_value(
+            json!({"metadata": {"name": "kernel", "uid": "h", "generation": generation}, "spec": spec}),
+        )
+        .unwrap();
+        update.status = before.map(|before| crate::HostUpdateStatus {
+            aborted: aborted(before),
+            ..Default::default()
+        });
+        update
+    }
+
+    #[test]
+    fn what_was_aborted_stays_so_until_something_else_is_changed() {
+        let spec = json!({"expect": {"kernelRelease": "6.1.0-50"}});
+        let mut aborts = spec.clone();
+        aborts["action"] = json!({"type": "Abort"});
+        let first = update(1, spec.clone(), None);
+        assert_eq!(aborted(&first), None);
+        let asked = update(2, aborts, Some(&first));
+        assert!(aborted(&asked).is_some());
+        let removed = update(3, spec.clone(), Some(&asked));
+        assert_eq!(aborted(&removed).unwrap().generation, 3);
+        let changed = update(
+            4,
+            json!({"expect": {"kernelRelease": "6.1.0-51"}}),
+            Some(&removed),
+        );
+        assert_eq!(aborted(&changed), None);
+        assert_eq!(aborted(&update(5, spec, Some(&changed))), None, "it is forgotten");
+    }
+
+    #[test]
+    fn a_digest_of_another_version_keeps_what_was_aborted() {
+        let mut there = update(2, json!({}), None);
+        there.status = Some(crate::HostUpdateStatus {
+            aborted: Some(Aborted {
+                generation: 2,
+                spec: "of another version".to_owned(),
+            }),
+            ..Default::default()
+        });
+        let noted = aborted(&there).unwrap();
+        assert_eq!(noted.spec, digest(&there.spec), "from now on it is this one's");
+    }
 }

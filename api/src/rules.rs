@@ -41,6 +41,7 @@ const MAC: &str = "^[0-9a-f][02468ace](:[0-9a-f]{2}){5}$";
 const UNIT: &str = "^[A-Za-z0-9:_.@-]+[.](service|socket|timer|path)$";
 const TIME: &str = "^([01][0-9]|2[0-3]):[0-5][0-9]$";
 const TIME_ZONE: &str = "^[A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+)*$";
+const URL: &str = "^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?(/[A-Za-z0-9._~-]+)*/?$";
 const RELEASE: &str = "^[A-Za-z0-9][A-Za-z0-9._+~-]*$";
 
 /// Rules of a `Guest`.
@@ -274,6 +275,18 @@ pub fn host_update() -> Vec<Rule> {
         DNS_LABEL,
         63,
         "must be the name of a namespace",
+    ));
+    rules.push(value(
+        "spec.blockers[]",
+        "has(self.pods) != has(self.alerts)",
+        |blocker| has(blocker, "pods") != has(blocker, "alerts"),
+        "must have either pods or alerts",
+    ));
+    rules.push(matches(
+        "spec.blockers[].alerts.server",
+        URL,
+        253,
+        "must be the address of a Prometheus server, such as http://prometheus.monitoring:9090",
     ));
     rules.extend(how_to_update());
     rules
@@ -534,6 +547,7 @@ mod tests {
     fn every_pattern_compiles_and_needs_no_escape_in_cel() {
         for pattern in [
             DNS_LABELS, DNS_LABEL, DURATION, MEMORY, FILE, INTERFACE, MAC, UNIT, RELEASE, TIME, TIME_ZONE,
+            URL,
         ] {
             assert!(Regex::new(pattern).is_ok(), "{pattern}");
             assert!(!pattern.contains(['\\', '\'']), "{pattern}");

@@ -1,49 +1,35 @@
 //! The images: what is in them, and who runs it.
 
-use clap::ValueEnum;
-
-/// An image that we make.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Image {
-    /// The operator.
-    Operator,
-    /// The node agent with the VMM, as the DaemonSet's Pod installs them on the host.
-    Agent,
+/// An image: static binaries, and nothing else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Image {
+    /// The last part of its name; the chart's default.
+    pub name: &'static str,
+    /// For people.
+    pub description: &'static str,
+    /// Its binaries, which lie at its root. The first one is the entry point.
+    pub binaries: &'static [&'static str],
+    /// Who runs it.
+    pub user: &'static str,
 }
 
 impl Image {
-    /// All of them.
-    pub const ALL: [Image; 2] = [Image::Operator, Image::Agent];
+    /// The operator.
+    pub const OPERATOR: Image = Image {
+        name: "understudy-operator",
+        description: "Operator of Understudy",
+        binaries: &["understudy"],
+        user: "65532:65532",
+    };
 
-    /// The last part of its name; the chart's default.
-    pub fn name(self) -> &'static str {
-        match self {
-            Image::Operator => "understudy-operator",
-            Image::Agent => "understudy-node",
-        }
-    }
+    /// The node agent with the VMM, as the DaemonSet's Pod installs them on the host: that takes root.
+    pub const AGENT: Image = Image {
+        name: "understudy-node",
+        description: "Node agent and VMM of Understudy, for the host that its Pod runs on",
+        binaries: &["understudy-node", "understudy-vmm"],
+        user: "0:0",
+    };
 
-    /// For people.
-    pub fn description(self) -> &'static str {
-        match self {
-            Image::Operator => "Operator of Understudy",
-            Image::Agent => "Node agent and VMM of Understudy, for the host that its Pod runs on",
-        }
-    }
-
-    /// Its binaries, which lie at its root: there is nothing else. The first one is the entry point.
-    pub fn binaries(self) -> &'static [&'static str] {
-        match self {
-            Image::Operator => &["understudy"],
-            Image::Agent => &["understudy-node", "understudy-vmm"],
-        }
-    }
-
-    /// Who runs it. The agent's Pod installs the host service, which takes root.
-    pub fn user(self) -> &'static str {
-        match self {
-            Image::Operator => "65532:65532",
-            Image::Agent => "0:0",
-        }
-    }
+    /// Those that are released.
+    pub const ALL: [Image; 2] = [Image::OPERATOR, Image::AGENT];
 }

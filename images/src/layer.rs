@@ -17,10 +17,10 @@ pub fn build(image: Image, folder: &Path, epoch: Timestamp) -> Result<Vec<u8>, E
     tar.mode(HeaderMode::Deterministic);
     let written = |source| Error::Io {
         action: "packing",
-        path: image.name().into(),
+        path: image.name.into(),
         source,
     };
-    let mut names = image.binaries().to_vec();
+    let mut names = image.binaries.to_vec();
     names.sort_unstable();
     for name in names {
         let path = folder.join(name);
@@ -32,7 +32,7 @@ pub fn build(image: Image, folder: &Path, epoch: Timestamp) -> Result<Vec<u8>, E
 }
 
 /// Appends one entry: root's, dated `epoch`.
-pub fn append(
+pub(crate) fn append(
     tar: &mut Builder<Vec<u8>>,
     kind: EntryType,
     mode: u32,

@@ -49,7 +49,7 @@ impl Layout {
     /// Adds an image with its layer; returns its digest.
     pub fn add(&mut self, image: Image, layer: Vec<u8>, identity: &Identity) -> Result<String, Error> {
         let spec = |source| Error::Spec {
-            image: image.name(),
+            image: image.name,
             source,
         };
         let layer = self.blob(MediaType::ImageLayer, layer).map_err(spec)?;
@@ -166,14 +166,14 @@ fn configuration(
     epoch: Timestamp,
 ) -> Result<ImageConfiguration, OciSpecError> {
     let created = epoch.to_string();
-    let program = image.binaries().first().copied().unwrap_or_default();
+    let program = image.binaries.first().copied().unwrap_or_default();
     ImageConfigurationBuilder::default()
         .created(&created)
         .os(Os::Linux)
         .architecture(Arch::Amd64)
         .config(
             ConfigBuilder::default()
-                .user(image.user())
+                .user(image.user)
                 .entrypoint([format!("/{program}")])
                 .working_dir("/")
                 .labels(labels(image, identity))
@@ -210,13 +210,10 @@ fn manifest(
 
 fn labels(image: Image, identity: &Identity) -> HashMap<String, String> {
     let mut labels = HashMap::from([
-        (
-            "org.opencontainers.image.title".to_owned(),
-            image.name().to_owned(),
-        ),
+        ("org.opencontainers.image.title".to_owned(), image.name.to_owned()),
         (
             "org.opencontainers.image.description".to_owned(),
-            image.description().to_owned(),
+            image.description.to_owned(),
         ),
         (
             "org.opencontainers.image.version".to_owned(),

@@ -14,7 +14,7 @@ use crate::layer;
 
 fn binaries(folder: &Path) {
     for image in Image::ALL {
-        for name in image.binaries() {
+        for name in image.binaries {
             let mut content = binary(1);
             content.extend_from_slice(name.as_bytes());
             fs::write(folder.join(name), content).unwrap();
@@ -27,7 +27,7 @@ fn both(folder: &Path, epoch: i64) -> Vec<u8> {
     let mut layout = Layout::new(epoch);
     for image in Image::ALL {
         let identity = Identity {
-            reference: format!("understudy.dev/{}:1.2.3", image.name()),
+            reference: format!("understudy.dev/{}:1.2.3", image.name),
             version: "1.2.3".into(),
             revision: Some("5d3a".into()),
         };
@@ -170,7 +170,7 @@ fn an_importer_finds_both_images_by_name_and_every_digest_and_size_agrees() {
 fn what_cannot_be_in_an_image_is_refused_by_name_with_the_remedy() {
     let folder = tempfile::tempdir().unwrap();
     let build = || {
-        layer::build(Image::Operator, folder.path(), Timestamp::UNIX_EPOCH)
+        layer::build(Image::OPERATOR, folder.path(), Timestamp::UNIX_EPOCH)
             .unwrap_err()
             .to_string()
     };

@@ -1,22 +1,13 @@
-//! `understudy-image`: an OCI layout with the images of operator and node agent, made from their static binaries
-//! without a container engine. The same binaries give the same bytes.
+//! `understudy-image`: an OCI layout with the images of operator and node agent.
 #![forbid(unsafe_code)]
-
-mod definition;
-mod elf;
-mod error;
-mod layer;
-mod layout;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use jiff::Timestamp;
 
-use definition::Image;
-use error::Error;
-use layout::{Identity, Layout};
+use understudy_image::{Error, Identity, Image, Layout, layer};
 
 /// Makes an OCI layout (a tar) with the images of operator and node agent from their static binaries.
 ///
@@ -45,7 +36,25 @@ struct Arguments {
     source_date_epoch: Timestamp,
     /// Images to make; none: all of them
     #[arg(value_enum)]
-    images: Vec<Image>,
+    images: Vec<Which>,
+}
+
+/// An image that is released.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Which {
+    /// The operator.
+    Operator,
+    /// The node agent with the VMM.
+    Agent,
+}
+
+impl Which {
+    fn image(self) -> Image {
+        match self {
+            Which::Operator => Image::OPERATOR,
+            Which::Agent => Image::AGENT,
+        }
+    }
 }
 
 fn seconds(text: &str) -> Result<Timestamp, String> {
@@ -56,20 +65,19 @@ fn seconds(text: &str) -> Result<Timestamp, String> {
 }
 
 fn run(arguments: &Arguments) -> Result<(), Error> {
-    let images = if arguments.images.is_empty() {
-        &Image::ALL[..]
-    } else {
-        &arguments.images
-    };
+    let mut images: Vec<Image> = arguments.images.iter().map(|which| which.image()).collect();
+    if images.is_empty() {
+        images.extend(Image::ALL);
+    }
     let mut layout = Layout::new(arguments.source_date_epoch);
     for image in images {
-        let layer = layer::build(*image, &arguments.binaries, arguments.source_date_epoch)?;
+        let layer = layer::build(image, &arguments.binaries, arguments.source_date_epoch)?;
         let identity = Identity {
-            reference: format!("{}/{}:{}", arguments.registry, image.name(), arguments.tag),
+            reference: format!("{}/{}:{}", arguments.registry, image.name, arguments.tag),
             version: arguments.tag.clone(),
             revision: arguments.revision.clone(),
         };
-        let digest = layout.add(*image, layer, &identity)?;
+        let digest = layout.add(image, layer, &identity)?;
         println!("{} {digest}", identity.reference);
     }
     layout.write(&arguments.output)

@@ -1,14 +1,19 @@
-//! Hosts: a host that goes down by itself asks for a NodeUpdate, into which its agent reports.
+//! Hosts: a host that goes down by itself asks for a NodeUpdate, into which its agent reports. One whose Node is
+//! gone and whose agent is silent is removed.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
+use tokio::time::Instant;
 use understudy_api::host::HostRebootRequest;
 use understudy_api::node_update::{NodeUpdateSpec, Origin};
 use understudy_api::{Host, NodeUpdate};
 
 use crate::controller::{Again, Context, Reconciler};
 use crate::error::Error;
+use crate::place::SILENT_AFTER;
 use crate::write::Note;
 
 /// The last NodeUpdate that was made for the host; one that is deleted is not made again.
@@ -22,6 +27,18 @@ impl Reconciler for Host {
 
     async fn reconcile(host: Arc<Host>, context: Arc<Context>) -> Result<Again, Error> {
         let writer = &context.writer;
+        let world = &context.world;
+        if world.place(&host.name_any()).node.is_none()
+            && world.liveness.is_silent(&host.name_any(), Instant::now())
+        {
+            let Some(left) = left(&host, Timestamp::now()) else {
+                tracing::info!(host = %host.name_any(), "removed: its Node is gone and its agent is silent");
+                // An agent that speaks in this moment keeps it.
+                writer.delete_unchanged(&*host).await?;
+                return Ok(Again::default());
+            };
+            return Ok(Again(Some(left)));
+        }
         match build(&host) {
             Plan::Nothing => {}
             Plan::Refuse(note) => writer.note(&*host, &note).await,
@@ -35,6 +52,14 @@ impl Reconciler for Host {
         }
         Ok(Again::default())
     }
+}
+
+/// How long a Host without a Node is left alone: its agent has made it, and tells of itself in a moment.
+fn left(host: &Host, now: Timestamp) -> Option<Duration> {
+    let made = host.creation_timestamp()?.0;
+    let left = SignedDuration::try_from(SILENT_AFTER).ok()? - now.duration_since(made);
+    left.is_positive()
+        .then(|| left.unsigned_abs() + Duration::from_millis(50))
 }
 
 #[derive(Debug, PartialEq)]
@@ -113,5 +138,15 @@ mod tests {
     #[test]
     fn an_agent_cannot_name_the_node_update_of_a_host_update() {
         assert!(matches!(build(&host("kernel-0a1b2c", None)), Plan::Refuse(_)));
+    }
+
+    #[test]
+    fn a_new_host_is_left_alone_until_its_agent_may_have_spoken() {
+        let mut host = host("host-0a1b2c", None);
+        let made: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
+        host.metadata.creation_timestamp = Some(understudy_api::Time(made));
+        let at = |seconds| made + SignedDuration::from_secs(seconds);
+        assert!(left(&host, at(1)).is_some_and(|left| left > Duration::from_secs(38)));
+        assert_eq!(left(&host, at(40)), None);
     }
 }

@@ -1,4 +1,4 @@
-//! Pods that keep a pass over their node from beginning.
+//! Pods that keep a pass over their node from beginning, and alerts that keep any.
 
 use std::collections::BTreeMap;
 
@@ -8,31 +8,47 @@ use kube::{Api, ResourceExt};
 use understudy_api::HostUpdate;
 use understudy_api::host_update::{Blocker, PodSelector};
 
+use super::alerts;
 use crate::controller::Context;
 use crate::error::Error;
+use crate::place::Place;
 
-/// Whether it is to be looked for such Pods: something may begin.
-pub fn matter(update: &HostUpdate) -> bool {
-    let is_still = update.spec.paused || update.metadata.deletion_timestamp.is_some();
-    !update.spec.blockers.is_empty() && !is_still
-}
-
-/// Nodes on which a blocker's Pod runs, and which.
-pub async fn look(update: &HostUpdate, context: &Context) -> Result<BTreeMap<String, String>, Error> {
-    let client = context.writer.client();
+/// Which of `places` are not to be disturbed now, and why.
+pub async fn look(
+    update: &HostUpdate,
+    places: &[Place],
+    context: &Context,
+) -> Result<BTreeMap<String, String>, Error> {
     let mut blocked = BTreeMap::new();
     for blocker in &update.spec.blockers {
-        let action = format!("listing the Pods of blocker {}", blocker.name);
-        let api: Api<Pod> = match &blocker.pods.namespace {
-            Some(namespace) => Api::namespaced(client.clone(), namespace),
-            None => Api::all(client.clone()),
-        };
-        let selected = ListParams::default().labels(&labels(&blocker.pods));
-        let pods = api.list(&selected).await;
-        let pods = pods.map_err(|error| Error::from_kube(&action, error))?;
-        note(&mut blocked, blocker, &pods.items);
+        if let Some(selector) = &blocker.pods {
+            let pods = pods(&blocker.name, selector, context).await?;
+            note(&mut blocked, blocker, &pods);
+        }
+        if let Some(selector) = &blocker.alerts
+            && let Some(why) = alerts::block(selector).await
+        {
+            for place in places {
+                blocked
+                    .entry(place.name.clone())
+                    .or_insert_with(|| format!("blocker {}: {why}", blocker.name));
+            }
+        }
     }
     Ok(blocked)
+}
+
+async fn pods(blocker: &str, selector: &PodSelector, context: &Context) -> Result<Vec<Pod>, Error> {
+    let client = context.writer.client().clone();
+    let api: Api<Pod> = match &selector.namespace {
+        Some(namespace) => Api::namespaced(client, namespace),
+        None => Api::all(client),
+    };
+    let selected = ListParams::default().labels(&labels(selector));
+    let pods = api.list(&selected).await;
+    let pods =
+        pods.map_err(|error| Error::from_kube(&format!("listing the Pods of blocker {blocker}"), error))?;
+    Ok(pods.items)
 }
 
 fn labels(pods: &PodSelector) -> String {
@@ -71,7 +87,7 @@ mod tests {
             json!({"name": "backups", "pods": {"matchLabels": {"app": "backup", "tier": "1"}}}),
         )
         .unwrap();
-        assert_eq!(labels(&blocker.pods), "app=backup,tier=1");
+        assert_eq!(labels(blocker.pods.as_ref().unwrap()), "app=backup,tier=1");
         let pod = |name: &str, node: &str, phase: &str| -> Pod {
             serde_json::from_value(json!({"metadata": {"name": name, "namespace": "ops"},
                 "spec": {"nodeName": node, "containers": []}, "status": {"phase": phase}}))

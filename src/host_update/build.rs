@@ -9,18 +9,18 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::{Resource, ResourceExt};
 use serde_json::{Map, Value, json};
 use understudy_api::conditions::{reasons, types};
-use understudy_api::host_update::{HostUpdateActionKind, UpdatedNode};
-use understudy_api::rollout::{Seen, Want, pass_name, want};
+use understudy_api::host_update::UpdatedNode;
+use understudy_api::rollout::{Seen, Want, aborted, pass_name, want};
 use understudy_api::window::Passage;
 use understudy_api::{HostUpdate, NodeUpdate, NodeUpdatePhase, duration};
 
-use super::FINALIZER;
+use super::{FINALIZER, history};
 use crate::node_update;
 use crate::place::{Agent, Owned, Place};
 use crate::write::diff::{carry, has_finalizer};
 use crate::write::{Note, Status};
 
-/// How often it is looked for Pods that block.
+/// How often it is looked for Pods and alerts that block.
 const LOOK: Duration = Duration::from_secs(15);
 
 /// What a HostUpdate depends on.
@@ -46,6 +46,8 @@ pub struct Plan {
     pub make: Vec<NodeUpdate>,
     /// NodeUpdates to be taken back.
     pub delete: Vec<Arc<NodeUpdate>>,
+    /// Finished NodeUpdates beyond what is kept of them.
+    pub forget: Vec<Arc<NodeUpdate>>,
     /// Told when the status changes.
     pub notes: Vec<Note>,
     /// When time alone changes something.
@@ -86,8 +88,7 @@ pub fn build(update: &HostUpdate, found: &Found, now: Timestamp) -> Plan {
         .map(|place| row(update, place, found, now, &mut again))
         .collect();
     let picks = pick(update, &mut rows);
-    let aborts =
-        is_deleting || update.spec.action.map(|action| action.kind) == Some(HostUpdateActionKind::Abort);
+    let aborts = is_deleting || aborted(update).is_some();
     let delete: Vec<_> = found
         .passes
         .iter()
@@ -108,12 +109,13 @@ pub fn build(update: &HostUpdate, found: &Found, now: Timestamp) -> Plan {
         picks,
         make,
         delete,
+        forget: history::beyond(update, found),
         notes: notes(update, &rows),
         again,
     }
 }
 
-fn phase_of(pass: &NodeUpdate) -> NodeUpdatePhase {
+pub(super) fn phase_of(pass: &NodeUpdate) -> NodeUpdatePhase {
     let phase = pass.status.as_ref().and_then(|status| status.phase);
     phase.unwrap_or_default()
 }
@@ -349,7 +351,7 @@ fn status(update: &HostUpdate, rows: &[Row], now: Timestamp) -> Status {
     let wanted: Vec<_> = wanted.iter().map(Owned::wanted).collect();
     let conditions = carry(&live.conditions, generation, now, &wanted);
     let nodes: Vec<&UpdatedNode> = rows.iter().map(|row| &row.node).collect();
-    let fields = json!({
+    let mut fields = json!({
         "observedGeneration": generation,
         "selected": rows.len(),
         "updated": number(&[State::Satisfied]),
@@ -358,6 +360,9 @@ fn status(update: &HostUpdate, rows: &[Row], now: Timestamp) -> Status {
         "nodes": nodes,
         "conditions": conditions,
     });
+    if let Some(aborted) = aborted(update) {
+        fields["aborted"] = json!(aborted);
+    }
     Status {
         fields: match fields {
             Value::Object(fields) => fields,
@@ -415,7 +420,6 @@ fn overall(update: &HostUpdate, rows: &[Row]) -> Overall {
         message: message.clone(),
     };
     let may_fail = usize::try_from(update.spec.max_failures).unwrap_or(0);
-    let aborts = update.spec.action.map(|action| action.kind) == Some(HostUpdateActionKind::Abort);
     if rows.is_empty() {
         let mut overall = is(true, false, false, reasons::NOT_SELECTED);
         overall.message = "spec.nodeSelector selects no node".to_owned();
@@ -432,7 +436,7 @@ fn overall(update: &HostUpdate, rows: &[Row]) -> Overall {
     if is_moving || update.metadata.deletion_timestamp.is_some() {
         return is(false, true, false, reasons::IN_PROGRESS);
     }
-    if aborts {
+    if aborted(update).is_some() {
         return is(false, false, false, reasons::ABORTED);
     }
     if update.spec.paused {

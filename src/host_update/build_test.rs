@@ -1,5 +1,5 @@
 use understudy_api::Host;
-use understudy_api::host_update::{HostUpdateAction, HostUpdateStatus};
+use understudy_api::host_update::{HostUpdateAction, HostUpdateActionKind, HostUpdateStatus};
 
 use super::*;
 
@@ -234,6 +234,7 @@ fn paused_begins_nothing_and_abort_takes_back_what_is_not_rebooting() {
         .collect();
     assert_eq!(deleted, ["a"]);
     assert!(!plan.picks);
+    assert!(plan.status.unwrap().fields["aborted"].is_object(), "it is noted");
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! HostUpdates: a desired state of nodes, rolled out over them a few at a time.
 
+mod alerts;
 mod blockers;
 mod build;
+mod history;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,10 +26,13 @@ impl Reconciler for HostUpdate {
 
     async fn reconcile(update: Arc<HostUpdate>, context: Arc<Context>) -> Result<Again, Error> {
         let mut found = fetch(&update, &context);
-        if blockers::matter(&update) {
-            found.blocked = blockers::look(&update, &context).await?;
+        let now = Timestamp::now();
+        let mut plan = build::build(&update, &found, now);
+        // Nobody is asked for what blocks unless something would begin.
+        if plan.picks && !update.spec.blockers.is_empty() {
+            found.blocked = blockers::look(&update, &found.places, &context).await?;
+            plan = build::build(&update, &found, now);
         }
-        let plan = build::build(&update, &found, Timestamp::now());
         let again = Again(plan.again);
         apply(&update, plan, &context).await?;
         Ok(again)
@@ -58,10 +63,6 @@ async fn apply(update: &HostUpdate, plan: Plan, context: &Context) -> Result<(),
     if plan.is_kept {
         writer.metadata(update, Some(FINALIZER), &[]).await?;
     }
-    for pass in &plan.delete {
-        tracing::info!(update = %update.name_any(), pass = %pass.name_any(), "taken back");
-        writer.delete(&**pass).await?;
-    }
     // A pick is in the status before its NodeUpdate is made, written only where nobody else has picked
     // meanwhile: two leaders never exceed maxUnavailable.
     if let Some(status) = &plan.status
@@ -74,6 +75,15 @@ async fn apply(update: &HostUpdate, plan: Plan, context: &Context) -> Result<(),
             // The NodeUpdates follow when the picks are seen in the status.
             return Ok(());
         }
+    }
+    // After the status: that it was aborted is noted there before anything is taken back.
+    for pass in &plan.delete {
+        tracing::info!(update = %update.name_any(), pass = %pass.name_any(), "taken back");
+        writer.delete(&**pass).await?;
+    }
+    for pass in &plan.forget {
+        tracing::info!(update = %update.name_any(), pass = %pass.name_any(), "deleted: historyLimit");
+        writer.delete(&**pass).await?;
     }
     for pass in &plan.make {
         if writer.create(pass).await? {

@@ -128,6 +128,10 @@ impl Router {
                         guest.namespace() == reboot.namespace() && guest.name_any() == reboot.spec.guest_name
                     }))
         });
+        // One whose Node is gone does not stay.
+        if let Some(host) = world.hosts.get(&ObjectRef::new(node)) {
+            send(&self.hosts, &[host]).await;
+        }
         send(&self.guests, &guests).await;
         send(&self.reboots, &reboots).await;
         send(&self.node_updates, &world.node_updates_of(node)).await;

@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::bed::{Images, NODE_BIN, NetNs, Node, Ssh, Stage, Status, cache_dir, wait_until};
+use crate::kubelet;
 
 /// Where the agent's own files and the guests' disks are on the machine.
 const STATE: &str = "/var/lib/understudy";
@@ -147,6 +148,10 @@ impl Machine {
 
     /// Ends whatever an earlier run left: agent, VMMs, objects, disks.
     pub fn clear(&mut self) -> Result<()> {
+        if let Place::Node(node) = &self.place {
+            // An agent's Pod would go on with its work.
+            kubelet::leave(node.ssh())?;
+        }
         self.stop_agent()?;
         let (state, manifests) = (self.path(STATE), self.path(MANIFESTS));
         match &self.place {
@@ -154,7 +159,7 @@ impl Machine {
                 "systemctl stop 'understudy-vmm-*' 2>/dev/null; systemctl reset-failed 2>/dev/null
                  for tap in $(ip -br link | grep -o '^us[^ @]*'); do ip link del $tap; done
                  find {state} -mindepth 1 -maxdepth 1 ! -name images ! -name e2e ! -name lost+found -exec rm -rf {{}} +
-                 rm -rf {manifests} /run/understudy; mkdir -p {manifests} {state}/disks/default"
+                 rm -rf {manifests} /run/understudy /opt/understudy/current /opt/understudy/started.json /opt/understudy/[0-9]*; mkdir -p {manifests} {state}/disks/default"
             ))?,
             Place::Here { .. } => {
                 let run = self.run_dir();

@@ -12,7 +12,8 @@ use std::time::Duration;
 use understudy_api::Guest;
 use understudy_api::NodeUpdatePhase;
 use understudy_api::conditions::reasons;
-use understudy_api::host_update::{HostUpdateActionKind, RebootMethod};
+use understudy_api::host_update::RebootMethod;
+use understudy_api::rollout;
 
 use crate::host;
 use crate::host_update::effects::{
@@ -93,9 +94,8 @@ impl HostWorld {
             if host_update.is_deleting() {
                 return Some("the HostUpdate was deleted".to_owned());
             }
-            let asked = host_update.spec.action.map(|action| action.kind);
-            if asked == Some(HostUpdateActionKind::Abort) {
-                return Some("the HostUpdate's action is Abort".to_owned());
+            if rollout::aborted(&host_update).is_some() {
+                return Some("the HostUpdate was aborted".to_owned());
             }
         }
         None

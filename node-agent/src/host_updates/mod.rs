@@ -9,7 +9,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use understudy_api::conditions::{self, reasons, types};
 use understudy_api::node_update::{Origin, SessionState};
-use understudy_api::rollout::{Want, want};
+use understudy_api::rollout::{Want, aborted, want};
 use understudy_api::{NodeUpdate, NodeUpdatePhase};
 
 use crate::host;
@@ -244,9 +244,11 @@ impl HostUpdates {
                     }
                 }
             }
+            let aborted = aborted(&update);
             let told = node
                 .objects
                 .report_host_update(&update.key().name, &update.uid(), &mut |status| {
+                    status.aborted = aborted.clone();
                     assign::report(status, &wanted, &node.name, update.generation(), Timestamp::now());
                 });
             if let Err(error) = told {

@@ -103,6 +103,14 @@ impl Installer<'_> {
         let text =
             format!("# Written by the agent's Pod from its ConfigMap; changes here do not last.\n{text}");
         let path = self.on_host(Path::new(DEFAULT_PATH));
+        let unit = self.on_host(&Path::new(UNIT_DIR).join(UNIT));
+        let marker = self.on_host(Path::new(VERSIONS)).join("started.json");
+        let installed = current().join(PROGRAM).display().to_string();
+        let is_ours = fs::read_to_string(&unit).is_ok_and(|unit| unit.contains(&installed));
+        if !is_ours || !fs::read(&path).is_ok_and(|there| there == text.as_bytes()) {
+            // Somebody else's, such as an administrator's own `install`: the service does not run as the marker says.
+            forget(&marker)?;
+        }
         self.replace(&path, text.as_bytes())?;
 
         let mut digest = Context::new(&SHA256);
@@ -112,19 +120,16 @@ impl Installer<'_> {
             version: self.version.to_owned(),
             digest: hex(digest.finish().as_ref()),
         };
-        let marker = self.on_host(Path::new(VERSIONS)).join("started.json");
         // Written when the service runs with it: a Pod that dies in between does it again.
         let started = durable::read_json::<Started>(&marker).unwrap_or_default();
-        let unit = self.on_host(&Path::new(UNIT_DIR).join(UNIT));
-        if started.as_ref() != Some(&wanted) || !unit.exists() {
-            let program = current().join(PROGRAM).display().to_string();
+        if started.as_ref() != Some(&wanted) {
             self.host.run(&[
-                &program,
+                &installed,
                 "install",
                 "--config",
                 DEFAULT_PATH,
                 "--program",
-                &program,
+                &installed,
             ])?;
             tracing::info!(version = self.version, "starting the service anew; guests run on");
             self.host.run(&["systemctl", "restart", UNIT])?;
@@ -204,7 +209,11 @@ impl Installer<'_> {
         let entries = fs::read_dir(&versions).into_iter().flatten().flatten();
         for path in entries.map(|entry| entry.path()) {
             let name = path.file_name().unwrap_or_default();
-            let is_version = fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_dir());
+            // What an administrator has put there, such as `bin`, is not ours to remove.
+            let is_version = name
+                .to_string_lossy()
+                .starts_with(|first: char| first.is_ascii_digit())
+                && fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_dir());
             if !is_version || name == self.version {
                 continue;
             }
@@ -222,6 +231,13 @@ impl Installer<'_> {
                 Err(error) => tracing::warn!(path = %path.display(), %error, "an old version stays"),
             }
         }
+    }
+}
+
+fn forget(marker: &Path) -> Result<(), InstallError> {
+    match fs::remove_file(marker) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("removing", marker)(error)),
+        _ => Ok(()),
     }
 }
 

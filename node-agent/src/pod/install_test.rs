@@ -16,7 +16,7 @@ impl Host for Asked {
         self.commands.lock().unwrap().push(command.clone());
         if command.contains(" install ") {
             fs::create_dir_all(self.unit.parent().unwrap()).unwrap();
-            fs::write(&self.unit, "unit").unwrap();
+            fs::write(&self.unit, format!("ExecStart={command}")).unwrap();
         }
         match *self.fails.lock().unwrap() {
             Some(word) if command.contains(word) => Err(HostError::Failed {
@@ -136,6 +136,9 @@ fn the_service_is_brought_and_restarted_only_when_something_of_it_changed() {
 fn an_upgrade_switches_the_link_and_keeps_a_version_of_which_something_runs() {
     let bed = Bed::new();
     bed.settle("0.1.0", true).unwrap();
+    let by_hand = bed.host("opt/understudy/bin/understudy-node");
+    fs::create_dir_all(by_hand.parent().unwrap()).unwrap();
+    fs::write(&by_hand, "agent").unwrap();
     // A real program, so that it can run from there.
     let sleep = ["/usr/bin/sleep", "/bin/sleep"]
         .into_iter()
@@ -160,6 +163,28 @@ fn an_upgrade_switches_the_link_and_keeps_a_version_of_which_something_runs() {
     assert!(!bed.host("opt/understudy/0.1.0").exists());
     assert!(!bed.host("opt/understudy/0.2.0").exists());
     assert!(bed.host("opt/understudy/0.3.0/understudy-node").exists());
+    assert!(by_hand.exists(), "no version of ours");
+}
+
+#[test]
+fn a_service_that_was_installed_by_hand_meanwhile_is_made_anew() {
+    let bed = Bed::new();
+    bed.settle("0.1.0", true).unwrap();
+    for (file, content) in [
+        (
+            bed.asked.unit.clone(),
+            "ExecStart=/usr/local/bin/understudy-node run",
+        ),
+        (bed.host("etc/understudy/node.yaml"), "mode: Standalone"),
+    ] {
+        fs::write(&file, content).unwrap();
+        *bed.asked.fails.lock().unwrap() = Some("restart");
+        assert!(bed.settle("0.1.0", true).is_err());
+        *bed.asked.fails.lock().unwrap() = None;
+        assert!(bed.settle("0.1.0", true).unwrap(), "{}", file.display());
+        assert_ne!(fs::read_to_string(&file).unwrap(), content);
+        assert!(!bed.settle("0.1.0", true).unwrap());
+    }
 }
 
 #[test]

@@ -23,7 +23,7 @@ pub(crate) use node::process_mentions;
 pub use node::{Node, NodeOptions, Status};
 pub use qmp::Qmp;
 pub use ssh::{Output, Ssh};
-pub use stage::{GUEST_IMAGE, NODE_BIN, Stage};
+pub use stage::{GUEST_IMAGE, NODE_BIN, Stage, sha256};
 pub use wait::{Deadline, wait_until};
 
 use std::path::{Path, PathBuf};

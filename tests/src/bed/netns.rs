@@ -130,6 +130,21 @@ impl NetNs {
             .args(["link", "set", name, "master", BRIDGE, "up"]))
     }
 
+    /// Has what runs in here reach `subnet` through a machine on the bridge.
+    pub fn route(&self, subnet: &str, via: &str) -> Result<()> {
+        run(self
+            .command("ip")
+            .args(["route", "replace", subnet, "via", via, "dev", BRIDGE]))
+    }
+
+    /// Has programs in here listen on an address that is no machine's on the bridge; who shall reach it has its route
+    /// through the bridge's own.
+    pub fn address(&self, address: &str) -> Result<()> {
+        run(self
+            .command("ip")
+            .args(["addr", "replace", &format!("{address}/32"), "dev", "lo"]))
+    }
+
     /// The address that the DHCP server has leased to `mac`, if any.
     pub fn lease(&self, mac: &str) -> Result<Option<String>> {
         let Ok(text) = std::fs::read_to_string(self.leases_file()) else {

@@ -20,6 +20,9 @@ const POLL: Duration = Duration::from_millis(200);
 /// of four levels instead of five, twice so when nested, and no SMAP are sooner emulated.
 const CPU: &str = "max,+svm,-cx16,-la57,-smap";
 
+/// Last number of the first node's address.
+const FIRST: u8 = 10;
+
 /// Where Debian's packages put what a PC boots with, and no device but those that are named: ours is
 /// built without the usual ones.
 pub(super) const FIRMWARE: [&str; 7] = [
@@ -67,17 +70,14 @@ pub enum Status {
 #[derive(Clone, Debug)]
 pub struct Node {
     name: String,
+    /// Of the nodes that share a network: 0 is the one whose network it is.
+    number: u8,
     dir: PathBuf,
     netns: NetNs,
     ssh: Ssh,
 }
 
 impl Node {
-    /// The fixed address of the node in its namespace.
-    pub const ADDRESS: &str = "10.77.0.10";
-    const MAC: &str = "52:54:00:77:00:10";
-    const TAP: &str = "node0";
-
     /// The node of this name in the cache. Creates nothing.
     pub fn named(name: &str) -> Result<Self> {
         if name.is_empty()
@@ -87,16 +87,32 @@ impl Node {
         {
             bail!("node name '{name}': only lower-case letters, digits and '-' are allowed");
         }
-        let cache = cache_dir();
-        let dir = cache.join("nodes").join(name);
+        let dir = cache_dir().join("nodes").join(name);
         let netns = NetNs::of(&dir);
-        let ssh = Ssh::new(&netns, Self::ADDRESS, &cache.join("ssh/id_ed25519"));
-        Ok(Self {
+        Ok(Self::numbered(name, 0, dir, netns))
+    }
+
+    /// Another node in the network of this one, which outlives it. Creates nothing.
+    pub fn beside(&self) -> Self {
+        let name = format!("{}-beside", self.name);
+        let dir = cache_dir().join("nodes").join(&name);
+        Self::numbered(&name, self.number + 1, dir, self.netns.clone())
+    }
+
+    fn numbered(name: &str, number: u8, dir: PathBuf, netns: NetNs) -> Self {
+        let ssh = Ssh::new(&netns, &address(number), &cache_dir().join("ssh/id_ed25519"));
+        Self {
             name: name.to_owned(),
+            number,
             dir,
             netns,
             ssh,
-        })
+        }
+    }
+
+    /// Its fixed address.
+    pub fn address(&self) -> String {
+        address(self.number)
     }
 
     /// Its name.
@@ -178,7 +194,7 @@ impl Node {
             fs::write(&made_from, images.node.as_os_str().as_encoded_bytes())?;
         }
         self.netns.up()?;
-        self.netns.tap(Self::TAP)?;
+        self.netns.tap(&self.tap())?;
         self.boot(images, options)?;
         self.wait_for_ssh()?;
         Ok(true)
@@ -259,10 +275,12 @@ impl Node {
         note_power_cut(&self.console_log())
     }
 
-    /// Removes the node: power off, disks, network.
+    /// Removes the node: power off, disks, and the network that is its own.
     pub fn remove(&self) -> Result<()> {
         self.kill()?;
-        self.netns.down()?;
+        if self.number == 0 {
+            self.netns.down()?;
+        }
         if self.dir.exists() {
             fs::remove_dir_all(&self.dir).with_context(|| format!("cannot remove {}", self.dir.display()))?;
         }
@@ -389,10 +407,14 @@ impl Node {
         };
         // QEMU keeps what it translated by virtual address: with randomised ones each exec is translated
         // anew, which costs two thirds of the time.
-        let cmdline = format!(
+        let mut cmdline = format!(
             "root=/dev/vda rw console=ttyS0 quiet loglevel=5 norandmaps mitigations=off systemd.hostname=node ip={}::{GATEWAY}:255.255.255.0::br0:off",
-            Self::ADDRESS
+            self.address()
         );
+        if self.number > 0 {
+            // The image's is the first one's; the address of a node's bridge follows from it, for one.
+            cmdline.push_str(&format!(" systemd.machine_id={:032x}", self.number));
+        }
         run(self
             .netns
             .command(&images.qemu)
@@ -425,15 +447,22 @@ impl Node {
             ])
             .args([
                 "-netdev",
-                &format!("tap,id=net,ifname={},script=no,downscript=no", Self::TAP),
+                &format!("tap,id=net,ifname={},script=no,downscript=no", self.tap()),
             ])
-            .args(["-device", &format!("virtio-net-pci,netdev=net,mac={}", Self::MAC)])
+            .args([
+                "-device",
+                // Decimal digits of the address are the hexadecimal ones here.
+                &format!(
+                    "virtio-net-pci,netdev=net,mac=52:54:00:77:00:{}",
+                    FIRST + self.number
+                ),
+            ])
             .args(["-device", "virtio-rng-pci"])
             .args([
                 "-chardev",
                 &format!(
                     "socket,id=console,path={},server=on,wait=off,logfile={},logappend=on",
-                    self.netns.run_dir().join("console.sock").display(),
+                    self.socket("console").display(),
                     self.console_log().display()
                 ),
             ])
@@ -494,8 +523,25 @@ impl Node {
     }
 
     fn qmp_socket(&self) -> PathBuf {
-        self.netns.run_dir().join("qmp.sock")
+        self.socket("qmp")
     }
+
+    fn socket(&self, name: &str) -> PathBuf {
+        let name = match self.number {
+            0 => format!("{name}.sock"),
+            number => format!("{name}-{number}.sock"),
+        };
+        self.netns.run_dir().join(name)
+    }
+
+    fn tap(&self) -> String {
+        format!("node{}", self.number)
+    }
+}
+
+/// The fixed address of a node in its network.
+fn address(number: u8) -> String {
+    format!("10.77.0.{}", FIRST + number)
 }
 
 /// True when the process lives and its command line names `path`: a pid file alone may be stale,

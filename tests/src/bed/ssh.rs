@@ -10,6 +10,11 @@ use anyhow::{Context, Result, bail};
 
 use super::NetNs;
 
+/// How long a connection may take, in seconds: a busy guest whose memory comes from its checkpoint takes its time.
+const CONNECT: u32 = 30;
+/// The same where it is asked whether a machine answers at all.
+const LOOK: u32 = 5;
+
 /// What a finished command said.
 #[derive(Clone, Debug)]
 pub struct Output {
@@ -45,6 +50,11 @@ impl Ssh {
     /// An `ssh` command to which arguments of the remote command can be added. The first one opens a
     /// connection that later ones share, so that they cost milliseconds.
     pub fn ssh(&self) -> Command {
+        self.ssh_within(CONNECT)
+    }
+
+    /// The same, with a connection within so many seconds.
+    fn ssh_within(&self, connect: u32) -> Command {
         let mut command = self.netns.command("ssh");
         command
             .arg("-i")
@@ -63,7 +73,7 @@ impl Ssh {
             // A machine that is gone is noticed, in half a minute at worst.
             .args([
                 "-o",
-                "ConnectTimeout=5",
+                &format!("ConnectTimeout={connect}"),
                 "-o",
                 "ServerAliveInterval=10",
                 "-o",
@@ -123,7 +133,7 @@ impl Ssh {
     pub fn answers(&self) -> Result<bool> {
         // A control connection to a machine that was reset would hold this up until it times out.
         let output = self
-            .ssh()
+            .ssh_within(LOOK)
             .arg("true")
             .stdin(Stdio::null())
             .output()

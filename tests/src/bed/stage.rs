@@ -180,7 +180,8 @@ fn install_guest(node: &Node, images: &Images, binaries: &str) -> Result<()> {
     Ok(())
 }
 
-fn sha256(file: &Path) -> Result<String> {
+/// SHA-256 of a file, in hexadecimal digits.
+pub fn sha256(file: &Path) -> Result<String> {
     let output = Command::new("sha256sum")
         .arg("-b")
         .arg(file)

@@ -1,10 +1,11 @@
 //! What it costs, measured in one run: the interruption that a client sees, a disk's split, the guest's
-//! freeze, and the memory of a VMM. Every figure stands beside what it is compared with, from the same run
+//! freeze, the memory of a VMM, and an operator with a large cluster. Every figure stands beside what it is compared with, from the same run
 //! on the same machine, since times alone mean nothing on another one.
 
 pub mod freeze;
 pub mod memory;
 pub mod nature;
+pub mod operator;
 mod qemu;
 pub mod sessions;
 pub mod split;
@@ -24,6 +25,7 @@ use crate::demo::{self, Chosen, GUEST, Moment, Outcome};
 use freeze::BareFreeze;
 use memory::Footprint;
 use nature::Nature;
+use operator::OperatorFigures;
 use sessions::{Given, Sessions};
 use split::Splits;
 
@@ -51,6 +53,9 @@ pub struct Findings {
     /// Sessions of stock guests, saved and resumed, beside QEMU's.
     #[serde(default)]
     pub sessions: Vec<Sessions>,
+    /// An operator with a large cluster.
+    #[serde(default)]
+    pub operator: Option<OperatorFigures>,
     /// How long the serving guest's block requests waited for the split of its disk, in microseconds.
     pub serving_split_held_us: Option<u64>,
     /// Bare freezes of the guest that was rebooted, before it was.
@@ -90,6 +95,9 @@ pub fn run(chosen: &mut Chosen, repetitions: usize, logs: &Path) -> Result<Findi
     chosen.machine.clear()?;
     let sessions = measure_sessions(chosen)?;
 
+    eprintln!("An operator with a large cluster, at a real API server: some minutes");
+    let operator = operator::measure(&repository().join("target/bench/operator"))?;
+
     let mut bare_freeze = None;
     let mut memory = Vec::new();
     let reboots = demo::run_with_logs(chosen, logs, &mut |moment, machine, address| {
@@ -111,6 +119,7 @@ pub fn run(chosen: &mut Chosen, repetitions: usize, logs: &Path) -> Result<Findi
         splits,
         splits_in_node,
         sessions,
+        operator: Some(operator),
         serving_split_held_us: held_in(&chosen.machine.guest_log(GUEST)?),
         bare_freeze: bare_freeze.context("the demo never said that the guest serves")?,
         memory,

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use super::Findings;
+use super::operator::OperatorFigures;
 use super::statistics::{Sample, duration};
 use crate::client::Seen;
 
@@ -21,6 +22,11 @@ const STOPPED: f64 = 10.0;
 /// From a process's start to the resumed guest's first instruction, against QEMU: shorter by this at least.
 const START: f64 = 5.0;
 
+/// Memory of the operator with a large cluster: at most this.
+const OPERATOR_MIB: f64 = 150.0;
+/// From a reboot's creation to its assignment, of 99 in 100: at most this, in seconds.
+const REACTION: f64 = 1.0;
+
 struct Row {
     figure: String,
     measured: String,
@@ -37,16 +43,11 @@ impl Findings {
             self.freeze(),
             self.memory(),
             self.sessions(),
+            self.operator.as_ref().map(operator).unwrap_or_default(),
         ]
         .into_iter()
         .flatten()
         .collect();
-        let width = |of: fn(&Row) -> &str| rows.iter().map(|row| of(row).chars().count()).max().unwrap_or(0);
-        let (figure, measured, beside) = (
-            width(|row| &row.figure),
-            width(|row| &row.measured),
-            width(|row| &row.beside),
-        );
         let mut text = String::new();
         let _ = writeln!(text, "Bench of {}, commit {}", self.date, self.commit);
         let _ = writeln!(text, "  machine   {}", self.machine.describe());
@@ -67,13 +68,7 @@ impl Findings {
             self.repetitions
         );
         text.push('\n');
-        for row in rows {
-            let line = format!(
-                "  {:figure$}  {:measured$}  {:beside$}  {}",
-                row.figure, row.measured, row.beside, row.verdict
-            );
-            let _ = writeln!(text, "{}", line.trim_end());
-        }
+        text.push_str(&layout(&rows));
         text
     }
 
@@ -238,6 +233,72 @@ impl Findings {
             })
             .collect()
     }
+}
+
+impl OperatorFigures {
+    /// The figures of the operator alone.
+    pub fn table(&self) -> String {
+        layout(&operator(self))
+    }
+}
+
+fn operator(figures: &OperatorFigures) -> Vec<Row> {
+    let mib = |kib: u64| kib as f64 / 1024.0;
+    let (rss, late) = (mib(figures.rss_kib), figures.reaction_us(0.99));
+    vec![
+        Row {
+            figure: "operator, memory".to_owned(),
+            measured: format!("{rss:.1} MiB"),
+            beside: format!("at most, ever {:.1} MiB", mib(figures.peak_kib)),
+            verdict: format!(
+                "{} guests, {} hosts  at most {OPERATOR_MIB} MiB: {}",
+                figures.guests,
+                figures.hosts,
+                reached(rss <= OPERATOR_MIB)
+            ),
+        },
+        Row {
+            figure: "operator, apply to assignment".to_owned(),
+            measured: format!("99 in 100 {}", duration(late)),
+            beside: format!("median {}", duration(figures.reaction_us(0.5))),
+            verdict: format!(
+                "{} in flight  at most {REACTION} s: {}",
+                figures.in_flight,
+                reached(late <= REACTION * 1e6)
+            ),
+        },
+        Row {
+            figure: "operator, steady state".to_owned(),
+            measured: format!("{} writes", figures.quiet_writes),
+            beside: format!("{} heartbeats", figures.quiet_heartbeats),
+            verdict: format!("none: {}", reached(figures.quiet_writes == 0)),
+        },
+        Row {
+            figure: "API writes of a reboot".to_owned(),
+            measured: format!("operator {:.1}", figures.operator_writes),
+            beside: format!("agent's part {:.1}", figures.agent_writes),
+            verdict: String::new(),
+        },
+    ]
+}
+
+/// Rows in columns.
+fn layout(rows: &[Row]) -> String {
+    let width = |of: fn(&Row) -> &str| rows.iter().map(|row| of(row).chars().count()).max().unwrap_or(0);
+    let (figure, measured, beside) = (
+        width(|row| &row.figure),
+        width(|row| &row.measured),
+        width(|row| &row.beside),
+    );
+    let mut text = String::new();
+    for row in rows {
+        let line = format!(
+            "  {:figure$}  {:measured$}  {:beside$}  {}",
+            row.figure, row.measured, row.beside, row.verdict
+        );
+        let _ = writeln!(text, "{}", line.trim_end());
+    }
+    text
 }
 
 fn ratio(measured: f64, beside: f64) -> String {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use understudy_tests::bed::{Stage, repository};
 use understudy_tests::bench::sessions::{self, Given};
-use understudy_tests::bench::{self, split};
+use understudy_tests::bench::{self, operator, split};
 use understudy_tests::demo::Chosen;
 
 /// Measures interruption, disk split, freeze, memory and sessions in one run, each beside what it is compared with.
@@ -47,6 +47,8 @@ enum Only {
         #[arg(long)]
         image: PathBuf,
     },
+    /// Measure the operator with a large cluster alone, and print its figures.
+    Operator,
     /// Print the table of an earlier run again.
     Show {
         /// What that run wrote.
@@ -75,6 +77,11 @@ fn main() -> Result<()> {
                 "{}",
                 serde_json::to_string_pretty(&sessions::measure(&given, &dir)?)?
             );
+            return Ok(());
+        }
+        Some(Only::Operator) => {
+            let figures = operator::measure(&repository().join("target/bench/operator"))?;
+            print!("{}", figures.table());
             return Ok(());
         }
         Some(Only::Show { json }) => {

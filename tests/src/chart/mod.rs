@@ -2,6 +2,7 @@
 //! schema, and the table of values in its README. Pure functions; `make chart` writes, and a test compares.
 
 pub mod audit;
+pub mod install;
 pub mod values;
 
 use std::fs;

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
@@ -160,12 +160,17 @@ fn run(command: &mut Command, arguments: &[&str], input: Option<&str>) -> Result
     let output = child
         .wait_with_output()
         .with_context(|| format!("kubectl {shown}: lost"))?;
+    finish(&format!("kubectl {shown}"), output)
+}
+
+/// What a command has printed; an error says what it complained of.
+pub(super) fn finish(command: &str, output: Output) -> Result<String> {
     if !output.status.success() {
         bail!(
-            "kubectl {shown} failed ({}): {}",
+            "{command} failed ({}): {}",
             output.status,
             String::from_utf8_lossy(&output.stderr).trim()
         );
     }
-    String::from_utf8(output.stdout).with_context(|| format!("kubectl {shown} printed no text"))
+    String::from_utf8(output.stdout).with_context(|| format!("{command} printed no text"))
 }

@@ -10,7 +10,9 @@
 //! ```
 
 mod certificates;
+mod helm;
 mod kubectl;
+pub mod objects;
 mod process;
 mod programs;
 
@@ -36,6 +38,12 @@ const KUBECTL: &str = "kubectl";
 const READY: Duration = Duration::from_secs(180);
 /// Until an API server that was asked to has ended; it lets requests finish.
 const STOP: Duration = Duration::from_secs(20);
+/// Where services have their addresses.
+const SERVICES: &str = "10.96.0.0/16";
+/// The first of them, that of the service `kubernetes`: what Pods know the API server by.
+const SERVICE_ADDRESS: &str = "10.96.0.1";
+/// Port of that service.
+const SERVICE_PORT: u16 = 443;
 /// Group of the members that may do everything.
 const ADMINISTRATORS: &str = "system:masters";
 
@@ -52,6 +60,9 @@ pub struct Options {
     /// Runs kube-controller-manager and kube-scheduler as well: Pods get a node, ServiceAccounts are made, owners
     /// that are gone take along what they own.
     pub controllers: bool,
+    /// Pods run in this cluster and reach the API server by the service `kubernetes`: it listens on that service's
+    /// address and port as well. Wants a network namespace.
+    pub pods: bool,
     /// Further arguments of the API server.
     pub api_server_arguments: Vec<String>,
 }
@@ -63,6 +74,7 @@ impl Default for Options {
             netns: None,
             names: Vec::new(),
             controllers: false,
+            pods: false,
             api_server_arguments: Vec::new(),
         }
     }
@@ -104,7 +116,14 @@ impl ControlPlane {
         if is_up(&dir) {
             bail!("a control plane runs in {} already", dir.display());
         }
-        let ports = Ports::choose(options.netns.is_some())?;
+        let mut ports = Ports::choose(options.netns.is_some())?;
+        if options.pods {
+            let netns = options.netns.as_ref();
+            netns
+                .context("Pods reach an API server in a network namespace only")?
+                .address(SERVICE_ADDRESS)?;
+            ports.api_server = SERVICE_PORT;
+        }
         let mut plane = Self {
             dir,
             options,
@@ -202,8 +221,7 @@ impl ControlPlane {
             address.clone(),
             "127.0.0.1".to_owned(),
             "localhost".to_owned(),
-            // The first of the service range: what Pods know it by.
-            "10.96.0.1".to_owned(),
+            SERVICE_ADDRESS.to_owned(),
             "kubernetes.default.svc".to_owned(),
         ];
         names.extend(self.options.names.iter().cloned());
@@ -228,10 +246,13 @@ impl ControlPlane {
         command
             .args([
                 &format!("--etcd-servers=http://127.0.0.1:{}", self.ports.etcd),
-                &format!("--bind-address={address}"),
+                &format!(
+                    "--bind-address={}",
+                    if self.options.pods { "0.0.0.0" } else { address }
+                ),
                 &format!("--advertise-address={address}"),
                 &format!("--secure-port={}", self.ports.api_server),
-                "--service-cluster-ip-range=10.96.0.0/16",
+                &format!("--service-cluster-ip-range={SERVICES}"),
                 "--service-account-issuer=https://kubernetes.default.svc",
                 "--authorization-mode=Node,RBAC",
                 "--enable-admission-plugins=NodeRestriction",

@@ -345,24 +345,7 @@ pub fn the_operators_pod_is_restricted(tools: &Tools, scratch: &Path) {
 
 /// Installs it for good, for the tests that follow.
 pub fn install(tools: &Tools, values: &[&str]) {
-    let chart = chart();
-    let mut arguments = vec![
-        "install",
-        "understudy",
-        chart.to_str().unwrap(),
-        "--namespace",
-        NAMESPACE,
-    ];
-    for value in values {
-        arguments.extend(["--set", value]);
-    }
-    let output = tools.helm(&arguments);
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(
-        output.status.success(),
-        "{said}{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    let said = understudy_tests::chart::install::install(tools.helm, tools.kubeconfig, values).unwrap();
     assert!(
         said.contains("kubectl get hosts"),
         "the notes do not say how to go on: {said}"

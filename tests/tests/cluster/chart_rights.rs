@@ -12,8 +12,7 @@ use understudy_tests::chart::audit::Right;
 
 use crate::chart_access::{Identity, Outcome, Request};
 
-/// Where the chart is installed.
-pub const NAMESPACE: &str = "understudy";
+pub use understudy_tests::chart::install::NAMESPACE;
 
 /// A client with this token and no other credentials.
 fn client_with(admin: &Config, token: String) -> Client {

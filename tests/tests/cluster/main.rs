@@ -13,6 +13,12 @@ mod crds;
 mod link;
 mod link_bed;
 mod link_server;
+mod operator;
+mod operator_assign;
+mod operator_bed;
+mod operator_lead;
+mod operator_prometheus;
+mod operator_rollout;
 mod rules;
 mod samples;
 
@@ -101,6 +107,14 @@ const TESTS: &[Test] = &[
     (
         "link_what_was_over_before_the_state_was_lost_never_runs_again",
         link::link_what_was_over_before_the_state_was_lost_never_runs_again,
+    ),
+    (
+        "operator_does_its_work_with_the_charts_rights_and_uses_each",
+        operator::operator_does_its_work_with_the_charts_rights_and_uses_each,
+    ),
+    (
+        "operator_writes_nothing_in_a_steady_state_and_another_takes_over",
+        operator_lead::operator_writes_nothing_in_a_steady_state_and_another_takes_over,
     ),
 ];
 

@@ -147,6 +147,19 @@ fn pointers(value: &Value, at: &str, found: &mut Vec<(String, Value)>) {
     }
 }
 
+/// `/spec/disks/0/name` is of the rule at `spec.disks[].name`.
+fn path_of(pointer: &str) -> String {
+    let mut path = String::new();
+    for part in pointer.split('/').skip(1) {
+        match part.parse::<usize>() {
+            Ok(_) => path.push_str("[]"),
+            Err(_) if path.is_empty() => path.push_str(part),
+            Err(_) => path.push_str(&format!(".{part}")),
+        }
+    }
+    path
+}
+
 /// `spec.disks[0].name` is of the rule at `spec.disks[].name`.
 fn is_of(error: &FieldError, rule: &Rule) -> bool {
     let mut path = String::new();
@@ -326,13 +339,13 @@ pub fn too_long_texts_are_refused(context: &Context) -> Result<()> {
         let mut bounds = Vec::new();
         for rule in kind.rules() {
             let Some(most) = rule.max_length else { continue };
-            let pointer = format!("/{}", rule.path.replace("[]", ".0").replace('.', "/"));
-            ensure!(
-                base.pointer(&pointer).is_some(),
-                "no sample of {}: {}",
-                kind.name(),
-                rule.path
-            );
+            let sample = fields
+                .iter()
+                .map(|(pointer, _)| pointer)
+                .find(|pointer| path_of(pointer) == rule.path);
+            let pointer = sample
+                .with_context(|| format!("no sample of {}: {}", kind.name(), rule.path))?
+                .clone();
             let length = usize::try_from(most)? + 1;
             let mut object = Mutation {
                 pointer,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use understudy_tests::bed::{GATEWAY, repository, wait_until};
-use understudy_tests::control_plane::{ControlPlane, Options, Programs};
+use understudy_tests::control_plane::{ControlPlane, Options};
 use understudy_tests::demo::{MAC, guest_manifest, install_kernel};
 use understudy_tests::e2e::Context;
 use understudy_tests::load::Load;
@@ -91,25 +91,17 @@ impl Cluster {
             ..Options::default()
         };
         let plane = ControlPlane::start(&dir, options)?;
-        let helm = Programs::build(&["helm"])?;
-        let output = netns
-            .command(helm.path("helm")?)
-            .args([
+        plane.helm(
+            &[
                 "install",
                 "understudy",
+                &repository().join("charts/understudy").display().to_string(),
                 "--create-namespace",
                 "--namespace",
                 NAMESPACE,
-            ])
-            .arg(repository().join("charts/understudy"))
-            .env("KUBECONFIG", plane.kubeconfig())
-            .output()
-            .context("cannot run helm")?;
-        ensure!(
-            output.status.success(),
-            "helm install: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+            ],
+            None,
+        )?;
         plane.kubectl(&[
             "wait",
             "--for=condition=Established",

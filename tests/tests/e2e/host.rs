@@ -56,7 +56,7 @@ pub const UNTIL_MEMORY_IS_WRITTEN: &str = "until [ \"$(du -ck /var/lib/understud
 /// What a kernel says that has lost an interrupt, a request, or time. That it does not trust the TSC is no complaint: its
 /// watchdog measures that against kvm-clock, which it uses, and a vCPU that waits for a processor of the host between the
 /// two readings is enough for it.
-const UNHEALTHY: &str = "dmesg | grep -E 'self-detected stall|soft lockup|blocked for more than|EXT4-fs (error|warning)|I/O error|rcu.*stall|kvm-clock.*as unstable|BUG:|WARNING:' || true";
+pub const UNHEALTHY: &str = "dmesg | grep -E 'self-detected stall|soft lockup|blocked for more than|EXT4-fs (error|warning)|I/O error|rcu.*stall|kvm-clock.*as unstable|BUG:|WARNING:' || true";
 /// The clock that a guest goes by.
 const CLOCKSOURCE: &str = "cat /sys/devices/system/clocksource/clocksource0/current_clocksource";
 

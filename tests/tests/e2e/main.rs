@@ -10,9 +10,13 @@ mod handover;
 mod host;
 mod host_busy;
 mod host_failures;
+mod kubelet;
+mod kubelet_bed;
+mod kubelet_update;
 mod node;
 mod refusals;
 mod rollback;
+mod sessions;
 mod vmm;
 
 use std::process::ExitCode;
@@ -37,10 +41,6 @@ const TESTS: &[Test] = &[
         "a_clone_that_panics_or_stays_silent_costs_nothing",
         handover::a_clone_that_panics_or_stays_silent_costs_nothing,
     ),
-    (
-        "a_rehearsal_leaves_the_guest_alone_and_an_approved_cutover_is_rolled_back_while_it_serves",
-        rollback::a_rehearsal_leaves_the_guest_alone_and_an_approved_cutover_is_rolled_back_while_it_serves,
-    ),
     ("what_cannot_work_says_why", refusals::what_cannot_work_says_why),
     (
         "the_agent_may_die_at_every_step",
@@ -59,6 +59,14 @@ const TESTS: &[Test] = &[
 /// More reboots of the host, minutes each on an emulated one: `make e2e ARGS=--ignored` runs them, and with `T=name` one
 /// of them.
 const LONG: &[Test] = &[
+    (
+        "a_rehearsal_leaves_the_guest_alone_and_an_approved_cutover_is_rolled_back_while_it_serves",
+        rollback::a_rehearsal_leaves_the_guest_alone_and_an_approved_cutover_is_rolled_back_while_it_serves,
+    ),
+    (
+        "a_daemon_set_brings_the_agent_and_a_guest_is_rebooted_by_kubectl",
+        kubelet::a_daemon_set_brings_the_agent_and_a_guest_is_rebooted_by_kubectl,
+    ),
     (
         "a_failed_save_says_why_and_every_guest_goes_on",
         host::a_failed_save_says_why_and_every_guest_goes_on,
@@ -84,8 +92,16 @@ const LONG: &[Test] = &[
         host_busy::a_seamless_reboot_in_flight_is_aborted_or_waited_for_when_the_host_must_go,
     ),
     (
+        "a_guest_under_load_is_healthy_after_fifty_saves",
+        sessions::a_guest_under_load_is_healthy_after_fifty_saves,
+    ),
+    (
         "a_power_cut_loses_only_sessions_that_were_not_saved",
         host_failures::a_power_cut_loses_only_sessions_that_were_not_saved,
+    ),
+    (
+        "a_host_update_takes_one_node_of_a_cluster_after_the_other",
+        kubelet_update::a_host_update_takes_one_node_of_a_cluster_after_the_other,
     ),
 ];
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 use understudy_tests::bed::{NODE_BIN, Ssh, wait_until};
 use understudy_tests::e2e::Context;
 use understudy_vmm_control::API_VERSION;
@@ -15,18 +15,26 @@ const MAC: &str = "52:54:00:77:02:01";
 const TAP: &str = "e2evmm0";
 const UNIT: &str = "e2e-vmm";
 /// 25 s on an idle machine.
-const BOOT_LIMIT: Duration = Duration::from_secs(480);
+pub const BOOT_LIMIT: Duration = Duration::from_secs(480);
 const STOP_LIMIT: Duration = Duration::from_secs(120);
-const POLL: Duration = Duration::from_millis(500);
+pub const POLL: Duration = Duration::from_millis(500);
 
 /// A VMM on the node, as a systemd unit; ended when dropped.
-struct Vmm<'context> {
+pub struct Vmm<'context> {
     context: &'context Context<'context>,
 }
 
 impl<'context> Vmm<'context> {
     /// Starts a VMM of this configuration.
-    fn start(context: &'context Context, config: &VmConfig) -> Result<Self> {
+    pub fn start(context: &'context Context, config: &VmConfig) -> Result<Self> {
+        let vmm = Self { context };
+        vmm.run(config)?;
+        Ok(vmm)
+    }
+
+    /// Starts it in place of one that there may be.
+    pub fn run(&self, config: &VmConfig) -> Result<()> {
+        let context = self.context;
         let ssh = context.ssh();
         let file = format!("{}/vmm.json", context.dir);
         ssh.write(&file, &serde_json::to_string_pretty(config)?)?;
@@ -39,17 +47,26 @@ impl<'context> Vmm<'context> {
                  {NODE_BIN}/understudy-vmm run --config {file}",
             dir = context.dir,
         ))?;
-        Ok(Self { context })
+        Ok(())
     }
 
     /// The answer of the control API to a `GET`.
-    fn get(&self, route: &str) -> Result<Value> {
+    pub fn get(&self, route: &str) -> Result<Value> {
         self.curl(&format!("http://vmm{route}"))
     }
 
-    /// The answer of the control API to a `PUT` with an empty body.
-    fn put(&self, route: &str) -> Result<Value> {
-        self.curl(&format!("-X PUT -d '{{}}' http://vmm{route}"))
+    /// The answer of the control API to a `PUT` of `body`.
+    pub fn put(&self, route: &str, body: &Value) -> Result<Value> {
+        self.curl(&format!("-X PUT -d '{body}' http://vmm{route}"))
+    }
+
+    /// Kills the process, as the end of its host would.
+    pub fn kill(&self) -> Result<()> {
+        let line = format!("systemctl kill --signal=KILL {UNIT}");
+        self.context.ssh().run(&line)?;
+        wait_until("the VMM to be gone", STOP_LIMIT, POLL, || {
+            Ok((self.state()? != "active").then_some(()))
+        })
     }
 
     fn curl(&self, arguments: &str) -> Result<Value> {
@@ -74,7 +91,7 @@ impl<'context> Vmm<'context> {
         )
     }
 
-    fn must_run(&self) -> Result<()> {
+    pub fn must_run(&self) -> Result<()> {
         if self.state()? != "active" {
             bail!(
                 "the VMM has ended: {}",
@@ -107,12 +124,13 @@ impl Drop for Vmm<'_> {
     }
 }
 
-/// A guest on a fresh copy of the image.
-fn config(context: &Context, cpus: u8) -> Result<VmConfig> {
+/// A guest on a fresh copy of the image, which this VMM owns.
+pub fn config(context: &Context, cpus: u8) -> Result<VmConfig> {
     let dir = &context.dir;
     let path = |name: &str| PathBuf::from(format!("{dir}/{name}"));
     context.ssh().run(&format!(
-        "cp --sparse=always {} {dir}/web.img",
+        "cp --sparse=always {} {dir}/web.img; mkdir -p {dir}/web.img.understudy
+         echo '{{\"version\":1,\"epoch\":1,\"incarnation\":1,\"layer\":null}}' >{dir}/web.img.understudy/owner.json",
         context.stage.guest_image
     ))?;
     Ok(VmConfig {
@@ -151,20 +169,32 @@ fn config(context: &Context, cpus: u8) -> Result<VmConfig> {
     })
 }
 
+/// The guest's address, once it has one.
+pub fn address(context: &Context) -> Result<String> {
+    wait_until("the guest's lease", BOOT_LIMIT, POLL, || {
+        context.node().netns().lease(MAC)
+    })
+}
+
+/// Commands in the guest, once it takes them.
+pub fn shell(vmm: &Vmm, address: &str) -> Result<Ssh> {
+    let context = vmm.context;
+    let key = context.stage.images.cache.join("ssh/id_ed25519");
+    let guest = Ssh::new(context.node().netns(), address, &key);
+    guest.forget();
+    guest.wait(BOOT_LIMIT, || vmm.must_run())?;
+    Ok(guest)
+}
+
 pub fn vmm_boots_stock_debian(context: &Context) -> Result<()> {
     let config = config(context, 2)?;
     let uuid = config.uuid;
-    context.ssh().run(&format!(
-        "mkdir -p {dir}/web.img.understudy
-         echo '{{\"version\":1,\"epoch\":1,\"incarnation\":1,\"layer\":null}}' >{dir}/web.img.understudy/owner.json",
-        dir = context.dir
-    ))?;
     let vmm = Vmm::start(context, &config)?;
     vmm.console("guest login:")?;
     context.say("login prompt");
 
     let node = context.node();
-    let address = wait_until("the guest's lease", BOOT_LIMIT, POLL, || node.netns().lease(MAC))?;
+    let address = address(context)?;
     let page = wait_until("the guest's page", BOOT_LIMIT, POLL, || {
         let output = node
             .netns()
@@ -179,13 +209,7 @@ pub fn vmm_boots_stock_debian(context: &Context) -> Result<()> {
     ensure!(page.contains("Understudy"), "the page is not the guest's: {page}");
     context.say("serves its page outside");
 
-    let guest = Ssh::new(
-        node.netns(),
-        &address,
-        &context.stage.images.cache.join("ssh/id_ed25519"),
-    );
-    guest.forget();
-    guest.wait(BOOT_LIMIT, || vmm.must_run())?;
+    let guest = shell(&vmm, &address)?;
     let facts = guest.run(
         "uname -r; nproc; cat /sys/class/dmi/id/product_uuid; cat /sys/class/misc/hw_random/rng_current
          for device in /sys/bus/virtio/drivers/*; do ls $device | grep -q ^virtio && basename $device; done | sort | tr '\\n' ' '
@@ -212,7 +236,7 @@ pub fn vmm_boots_stock_debian(context: &Context) -> Result<()> {
         "the VMM says {info}"
     );
     guest.forget();
-    vmm.put("/v1/vm/power-button")?;
+    vmm.put("/v1/vm/power-button", &json!({}))?;
     wait_until("the guest to power itself off", STOP_LIMIT, POLL, || {
         Ok((vmm.state()? != "active").then_some(()))
     })?;

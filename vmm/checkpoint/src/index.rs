@@ -56,26 +56,43 @@ impl Entry {
     }
 }
 
-/// The index in `bytes` with the changes that were made to it; `None` where they are not what
-/// [`LiveIndex`] makes.
-pub(crate) fn decode(bytes: &[u8], changes: &[u8]) -> Option<Vec<Entry>> {
-    let (entries, _) = bytes.as_chunks::<ENTRY>();
-    let mut entries = entries
-        .iter()
-        .map(Entry::decode)
-        .collect::<Option<Vec<Entry>>>()?;
-    let (changes, _) = changes.as_chunks::<CHANGE>();
-    let mut least = 0;
-    for change in changes {
-        let (number, entry) = change.split_first_chunk::<8>()?;
-        let number = u64::from_le_bytes(*number);
-        if number < least {
-            return None;
+/// The index of a checkpoint. Kept as it was read: a guest with much memory is not to wait for its entries to be
+/// taken apart.
+pub(crate) struct Index {
+    bytes: Vec<u8>,
+}
+
+impl Index {
+    /// The index in `bytes` with the changes that were made to it; `None` where they are not what
+    /// [`LiveIndex`] makes.
+    pub fn decode(mut bytes: Vec<u8>, changes: &[u8]) -> Option<Index> {
+        let (entries, rest) = bytes.as_chunks_mut::<ENTRY>();
+        let (changes, more) = changes.as_chunks::<CHANGE>();
+        let mut least = 0;
+        for change in changes {
+            let (number, entry) = change.split_first_chunk::<8>()?;
+            let number = u64::from_le_bytes(*number);
+            if number < least {
+                return None;
+            }
+            *entries.get_mut(usize::try_from(number).ok()?)? = *entry.first_chunk()?;
+            least = number + 1;
         }
-        least = number + 1;
-        *entries.get_mut(usize::try_from(number).ok()?)? = Entry::decode(entry.first_chunk()?)?;
+        let is_known = |entry: &[u8; ENTRY]| Entry::decode(entry).is_some();
+        let is_whole = rest.is_empty() && more.is_empty() && entries.iter().all(is_known);
+        is_whole.then_some(Index { bytes })
     }
-    Some(entries)
+
+    /// Chunks that it tells of.
+    pub fn chunks(&self) -> u64 {
+        (self.bytes.len() / ENTRY) as u64
+    }
+
+    /// What is known of a chunk; `None` beyond the end.
+    pub fn get(&self, chunk: u64) -> Option<Entry> {
+        let (entries, _) = self.bytes.as_chunks::<ENTRY>();
+        entries.get(usize::try_from(chunk).ok()?).and_then(Entry::decode)
+    }
 }
 
 /// An index that several threads fill, each its own chunks.
@@ -218,6 +235,14 @@ mod tests {
         let changes = index.changes().unwrap();
         assert_eq!(changes.len(), 2 * CHANGE);
         assert_eq!(index.data_chunks(), 2);
+        let decode = |base: &[u8], changes: &[u8]| {
+            let index = Index::decode(base.to_vec(), changes)?;
+            Some(
+                (0..index.chunks())
+                    .map(|chunk| index.get(chunk).unwrap())
+                    .collect::<Vec<_>>(),
+            )
+        };
         assert_eq!(decode(&base, &changes), Some(vec![data(6), Entry::Zero, data(7)]));
         let (first, second) = changes.split_at(CHANGE);
         assert_eq!(decode(&base, &[second, first].concat()), None);

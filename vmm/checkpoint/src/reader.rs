@@ -11,7 +11,7 @@ use crate::buffer::ChunkBuffer;
 use crate::files::{
     self, CHANGES, Directory, HostDirectory, INDEX, MEMORY, STATE, Storage, Transfer, read_small,
 };
-use crate::index::{self, Entry};
+use crate::index::{Entry, Index};
 use crate::manifest::{Identity, MAX_MANIFEST, Manifest, Sealed};
 use crate::refused::RefusedCheckpoint;
 use crate::seal::{Key, Part, Place, Sealer, TAG};
@@ -39,7 +39,7 @@ pub struct Reader {
     memory: Arc<dyn Storage>,
     manifest: Manifest,
     sealer: Sealer,
-    index: Vec<Entry>,
+    index: Index,
     state: Vec<u8>,
 }
 
@@ -117,12 +117,12 @@ impl Reader {
 
     /// Chunks of memory.
     pub fn chunks(&self) -> u64 {
-        self.index.len() as u64
+        self.index.chunks()
     }
 
     /// Whether a chunk is all zero; known without reading. A chunk beyond the end is not.
     pub fn is_zero(&self, chunk: u64) -> bool {
-        matches!(self.index.get(chunk as usize), Some(Entry::Zero))
+        matches!(self.index.get(chunk), Some(Entry::Zero))
     }
 
     /// Reads `count` chunks from number `first` on; zero chunks cost no read.
@@ -140,9 +140,12 @@ impl Reader {
         buffer: &'a mut ChunkBuffer,
     ) -> Result<&'a [u8], ChunkError> {
         assert!(count <= buffer.chunks() && first + count as u64 <= self.chunks());
-        let entries = &self.index[first as usize..][..count];
+        let entries: Vec<Entry> = (first..)
+            .take(count)
+            .filter_map(|chunk| self.index.get(chunk))
+            .collect();
         let bytes = &mut buffer[..count * CHUNK];
-        let result = self.read_runs(first, entries, bytes);
+        let result = self.read_runs(first, &entries, bytes);
         if let Err(error) = result {
             bytes.fill(0);
             return Err(error);
@@ -342,10 +345,10 @@ impl Parts<'_> {
     }
 }
 
-fn read_index(parts: &Parts<'_>, manifest: &Manifest) -> Result<Vec<Entry>, RefusedCheckpoint> {
+fn read_index(parts: &Parts<'_>, manifest: &Manifest) -> Result<Index, RefusedCheckpoint> {
     let bytes = parts.open(INDEX, Part::Index, manifest.index)?;
     let changes = parts.open(CHANGES, Part::Changes, manifest.changes)?;
-    index::decode(&bytes, &changes).ok_or_else(|| {
+    Index::decode(bytes, &changes).ok_or_else(|| {
         RefusedCheckpoint::new(
             Refusal::CheckpointDamaged,
             format!(

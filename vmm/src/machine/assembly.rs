@@ -207,6 +207,11 @@ fn create_vm(kvm_device: &Kvm, ram: &GuestRam) -> Result<VmFd, AssemblyError> {
     let vm = kvm_device
         .create_vm()
         .map_err(kvm("creating the virtual machine"))?;
+    // First: to change memory KVM waits until nobody reads the old, and after the interrupt controllers were made
+    // that takes 6 to 10 ms in place of 0.1 (measured on Linux 6.18, where their registration ends by a callback).
+    for slot in slots::of(ram) {
+        slots::set(&vm, &slot, 0).map_err(kvm("giving RAM to the guest"))?;
+    }
     vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
         .map_err(kvm("placing the identity map"))?;
     vm.set_tss_address(layout::KVM_TSS as usize)
@@ -218,8 +223,5 @@ fn create_vm(kvm_device: &Kvm, ram: &GuestRam) -> Result<VmFd, AssemblyError> {
         ..Default::default()
     })
     .map_err(kvm("creating the timer"))?;
-    for slot in slots::of(ram) {
-        slots::set(&vm, &slot, 0).map_err(kvm("giving RAM to the guest"))?;
-    }
     Ok(vm)
 }

@@ -126,6 +126,7 @@ fn restore(mib: u64, source: Source) -> Restore {
         let _ = sender.send(event);
     })
     .unwrap();
+    lazy.read_ahead();
     Restore {
         _opens: Opens(source.clone()),
         ram,
@@ -413,6 +414,7 @@ fn memory_comes_back_from_a_checkpoint_on_disk() {
         },
     )
     .unwrap();
+    lazy.read_ahead();
     let event = events.recv_timeout(DEADLINE).unwrap();
     assert!(matches!(event, RestoreEvent::Damaged { .. }), "{event:?}");
     for chunk in (0..CHUNKS).filter(|chunk| *chunk != bad) {

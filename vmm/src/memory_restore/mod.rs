@@ -116,7 +116,8 @@ pub struct LazyMemory {
 
 impl LazyMemory {
     /// Begins: clears `ram`, registers what the checkpoint has data for, and starts a thread that serves
-    /// faults and `prefetchers` threads that read ahead. Nobody uses the memory before this returns.
+    /// faults and `prefetchers` threads that read ahead once they may ([`LazyMemory::read_ahead`]). Nobody uses
+    /// the memory before this returns.
     ///
     /// `events` is called from these threads, once for [`RestoreEvent::Complete`] and for each damaged chunk.
     /// It does not block, touches no guest memory, and neither discards nor drops the `LazyMemory`.
@@ -162,6 +163,11 @@ impl LazyMemory {
             return Err(os("starting a thread to fill")(source));
         }
         Ok(lazy)
+    }
+
+    /// Lets the threads read ahead: the guest runs.
+    pub fn read_ahead(&self) {
+        self.shared.release();
     }
 
     fn spawn(&self, name: &str, work: fn(&Shared)) -> io::Result<()> {

@@ -37,6 +37,15 @@ pub(super) struct Mapped {
     pub chunks: u64,
 }
 
+/// Why who reads ahead stands back.
+#[derive(Clone, Copy)]
+struct Pace {
+    /// The guest does not run yet: nobody is to wait for a disk that is busy with what may come later.
+    held: bool,
+    /// A fault waits to be served.
+    urgent: bool,
+}
+
 pub(super) struct Shared {
     userfault: Arc<Userfault>,
     source: Arc<dyn ChunkSource>,
@@ -48,8 +57,8 @@ pub(super) struct Shared {
     pub pending: AtomicU64,
     /// The next chunk to read ahead.
     next: AtomicU64,
-    /// Whether a fault waits to be served: who reads ahead stands back.
-    urgent: Mutex<bool>,
+    /// Whether who reads ahead stands back.
+    pace: Mutex<Pace>,
     calm: Condvar,
     /// The threads shall end.
     stopping: AtomicBool,
@@ -91,7 +100,10 @@ impl Shared {
             chunks: states.into_iter().map(AtomicU8::new).collect(),
             pending: AtomicU64::new(pending),
             next: AtomicU64::new(0),
-            urgent: Mutex::new(false),
+            pace: Mutex::new(Pace {
+                held: true,
+                urgent: false,
+            }),
             calm: Condvar::new(),
             stopping: AtomicBool::new(false),
             ending: AtomicBool::new(false),
@@ -229,10 +241,10 @@ impl Shared {
     /// Reads ahead until all was begun.
     pub fn read_ahead(&self) {
         let mut buffer = ChunkBuffer::new(AHEAD as usize);
-        if self.pending.load(Ordering::Acquire) == 0 {
-            self.complete();
-        }
         while self.wait_for_calm() {
+            if self.pending.load(Ordering::Acquire) == 0 {
+                self.complete();
+            }
             let first = self.next.fetch_add(AHEAD, Ordering::Relaxed);
             if first >= self.chunks.len() as u64 {
                 return;
@@ -368,18 +380,24 @@ impl Shared {
             .is_ok()
     }
 
+    /// Lets threads read ahead.
+    pub fn release(&self) {
+        lock(&self.pace).held = false;
+        self.calm.notify_all();
+    }
+
     fn set_urgent(&self, urgent: bool) {
-        *lock(&self.urgent) = urgent;
+        lock(&self.pace).urgent = urgent;
         if !urgent {
             self.calm.notify_all();
         }
     }
 
-    /// Waits while a fault is served; `false`: the thread shall end.
+    /// Waits until the guest runs, and while a fault is served; `false`: the thread shall end.
     fn wait_for_calm(&self) -> bool {
-        let mut urgent = lock(&self.urgent);
-        while *urgent && !self.stopping.load(Ordering::Acquire) {
-            urgent = self.calm.wait(urgent).unwrap_or_else(PoisonError::into_inner);
+        let mut pace = lock(&self.pace);
+        while (pace.held || pace.urgent) && !self.stopping.load(Ordering::Acquire) {
+            pace = self.calm.wait(pace).unwrap_or_else(PoisonError::into_inner);
         }
         !self.stopping.load(Ordering::Acquire)
     }

@@ -197,6 +197,7 @@ impl Supervisor {
         inner.state = VmState::Running;
         let start_us = started.elapsed().as_micros() as u64;
         assembly.vcpus.resume();
+        memory.read_ahead();
         laps.lap("board");
         tracing::info!(
             checkpoint = %manifest.checkpoint,
