@@ -376,7 +376,7 @@ fn thirty_minutes() -> String {
 #[serde(rename_all = "camelCase")]
 pub struct HostUpdateAction {
     /// `Abort`: passes whose host is not rebooting yet are taken back, their guests run on, and no other
-    /// one is begun until something else in the spec is changed.
+    /// one is begun until anything in the spec but `action` and `paused` is changed.
     #[serde(rename = "type")]
     pub kind: HostUpdateActionKind,
 }
@@ -410,7 +410,7 @@ pub struct HostUpdateStatus {
     /// The selected nodes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nodes: Vec<UpdatedNode>,
-    /// That it was aborted. It stays so when `action` is removed; any other change of the spec is another try.
+    /// That it was aborted. It stays so when `action` is removed or `paused` set; any other change of the spec is another try.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub aborted: Option<Aborted>,
     /// `Ready`, `Reconciling` and `Stalled` (as kstatus reads them).
@@ -439,7 +439,7 @@ impl Default for HostUpdateStatus {
 pub struct Aborted {
     /// The last generation of which it is known.
     pub generation: i64,
-    /// Digest of the spec without `action`.
+    /// Digest of the spec without `action` and `paused`.
     pub spec: String,
 }
 

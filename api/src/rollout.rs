@@ -77,7 +77,7 @@ pub fn is_pass_of(pass: &NodeUpdate, update: &HostUpdate) -> bool {
 }
 
 /// Whether `update` is aborted, as its status shall note it: `action` asks for it, or has asked for it and nothing but
-/// `action` was changed since.
+/// `action` and `paused` was changed since.
 pub fn aborted(update: &HostUpdate) -> Option<Aborted> {
     let asked = update.spec.action.map(|action| action.kind) == Some(HostUpdateActionKind::Abort);
     let now = Aborted {
@@ -90,10 +90,11 @@ pub fn aborted(update: &HostUpdate) -> Option<Aborted> {
     (asked || holds).then_some(now)
 }
 
-/// Of all that a spec says but its `action`.
+/// Of all that a spec says but its `action`, and whether it is `paused`: neither asks for anything else.
 fn digest(spec: &HostUpdateSpec) -> String {
     let spec = HostUpdateSpec {
         action: None,
+        paused: false,
         ..spec.clone()
     };
     // Fields in the order of the type: what has no value is not written.
@@ -154,7 +155,7 @@ pub fn want(update: &HostUpdate, passes: &[NodeUpdate], seen: &Seen) -> Want {
     if aborted(update).is_some() {
         return waits(
             reasons::ABORTED,
-            "it was aborted: no pass is begun until its spec is changed",
+            "it was aborted: no pass is begun until something else is asked for",
         );
     }
     if update.spec.paused {
@@ -220,13 +221,17 @@ mod tests {
         assert!(aborted(&asked).is_some());
         let removed = update(3, spec.clone(), Some(&asked));
         assert_eq!(aborted(&removed).unwrap().generation, 3);
+        let mut paused = spec.clone();
+        paused["paused"] = true.into();
+        let removed = update(4, paused, Some(&removed));
+        assert!(aborted(&removed).is_some());
         let changed = update(
-            4,
+            5,
             json!({"expect": {"kernelRelease": "6.1.0-51"}}),
             Some(&removed),
         );
         assert_eq!(aborted(&changed), None);
-        assert_eq!(aborted(&update(5, spec, Some(&changed))), None, "it is forgotten");
+        assert_eq!(aborted(&update(6, spec, Some(&changed))), None, "it is forgotten");
     }
 
     #[test]
