@@ -10,12 +10,12 @@ use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use understudy_api::conditions::{reasons, types};
+use understudy_api::managers::OPERATOR;
 use understudy_api::{GROUP, VERSION};
 
 use crate::controller::Context;
 use crate::error::Error;
 use crate::world::Invalid;
-use understudy_api::managers::OPERATOR;
 
 /// Tells of every object that comes through `queue`.
 pub async fn report(mut queue: mpsc::Receiver<Invalid>, context: Arc<Context>) {
@@ -54,23 +54,10 @@ async fn tell(invalid: &Invalid, context: &Context) -> Result<(), Error> {
         None => Api::all_with(client, &resource),
     };
     let action = format!("telling that {} {name} is invalid", invalid.kind);
-    let body = status(&object, invalid);
-    let (parameters, patch) = (PatchParams::apply(OPERATOR), Patch::Apply(&body));
+    let parameters = PatchParams::apply(OPERATOR);
+    let patch = Patch::Apply(status(&object, invalid));
     let write = api.patch_status(&name, &parameters, &patch);
-    match context.writer.fenced(&action, write).await {
-        // Nothing can be applied to an object with a value of another type than the schema's.
-        Err(Error::Api { source, .. }) if matches!(&*source, kube::Error::Api(status) if status.code == 500) =>
-        {
-            let parameters = PatchParams {
-                field_manager: Some(OPERATOR.to_owned()),
-                ..PatchParams::default()
-            };
-            let patch = Patch::Merge(&body);
-            let write = api.patch_status(&name, &parameters, &patch);
-            context.writer.fenced(&action, write).await.map(drop)
-        }
-        told => told.map(drop),
-    }
+    context.writer.fenced(&action, write).await.map(drop)
 }
 
 fn status(object: &DynamicObject, invalid: &Invalid) -> Value {

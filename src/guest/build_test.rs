@@ -1,8 +1,8 @@
 use serde_json::Value;
 use understudy_api::Host;
+use understudy_api::managers::{AGENT, OPERATOR};
 
 use super::*;
-use understudy_api::managers::{AGENT, OPERATOR};
 
 fn now() -> Timestamp {
     Timestamp::from_second(2_000_000_000).unwrap()

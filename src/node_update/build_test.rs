@@ -1,9 +1,9 @@
 use serde_json::{Value, json};
 use understudy_api::Host;
+use understudy_api::managers::{AGENT, OPERATOR};
 
 use super::*;
 use crate::place::CORDONED_FOR;
-use understudy_api::managers::{AGENT, OPERATOR};
 
 fn at(second: i64) -> Timestamp {
     Timestamp::from_second(1_767_225_600 + second).unwrap()

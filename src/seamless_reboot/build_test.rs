@@ -1,8 +1,8 @@
 use serde_json::Value;
 use understudy_api::Host;
+use understudy_api::managers::AGENT;
 
 use super::*;
-use understudy_api::managers::AGENT;
 
 fn at(second: i64) -> Timestamp {
     Timestamp::from_second(1_767_225_600 + second).unwrap()

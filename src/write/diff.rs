@@ -5,9 +5,8 @@ use std::collections::BTreeSet;
 use jiff::Timestamp;
 use serde_json::{Map, Value};
 use understudy_api::conditions::{self, Wanted};
-use understudy_api::{Condition, ObjectMeta};
-
 use understudy_api::managers::{AGENT, OPERATOR};
+use understudy_api::{Condition, ObjectMeta};
 
 /// Whether an agent has written this object's status: the claim.
 pub fn is_claimed(meta: &ObjectMeta) -> bool {

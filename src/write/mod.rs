@@ -13,12 +13,12 @@ use kube::{Api, Client, Resource, ResourceExt};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use tokio::time::timeout_at;
+use understudy_api::managers::OPERATOR;
 
 use crate::error::{Error, named};
 use crate::lease::Fence;
 use crate::metrics::Metrics;
 pub use limit::Limit;
-use understudy_api::managers::OPERATOR;
 
 /// A status as the operator wants it: all fields of it that are the operator's, and no others.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -88,22 +88,15 @@ impl Writer {
         if status.exact {
             body["metadata"]["resourceVersion"] = json!(object.resource_version());
         }
+        let parameters = PatchParams {
+            force: status.force,
+            ..PatchParams::apply(OPERATOR)
+        };
         let name = object.name_any();
         let api = self.api(object);
         let patch = Patch::Apply(&body);
-        let apply = async |force| {
-            let parameters = PatchParams {
-                force,
-                ..PatchParams::apply(OPERATOR)
-            };
-            let write = api.patch_status(&name, &parameters, &patch);
-            self.write::<K, _>(&action, "apply", write).await
-        };
-        match apply(status.force).await {
-            // What was told of an object that could not be read then was no apply.
-            Err(Error::Conflict { message, .. }) if is_with_itself(&message) => apply(true).await?,
-            other => other?,
-        };
+        let write = api.patch_status(&name, &parameters, &patch);
+        self.write::<K, _>(&action, "apply", write).await?;
         Ok(true)
     }
 
@@ -258,14 +251,6 @@ impl Writer {
     }
 }
 
-/// Whether a conflict of an apply is with nobody but the operator, which has written fields in another way.
-fn is_with_itself(conflict: &str) -> bool {
-    let mut managers = conflict.split(" with \"").skip(1);
-    let first = managers.next();
-    let is_operator = |rest: &str| rest.split('"').next() == Some(OPERATOR);
-    first.is_some_and(is_operator) && managers.all(is_operator)
-}
-
 /// The object's identity, to be applied with what is wanted. The UID keeps an apply from making an object
 /// anew that is gone.
 pub fn body<K: Written>(object: &K) -> Value {
@@ -281,22 +266,4 @@ fn encode<K: Written>(action: &str, object: &K) -> Result<Value, Error> {
         action: action.to_owned(),
         source,
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_conflict_is_with_itself_only_where_no_other_manager_is_named() {
-        let own = r#"Apply failed with 2 conflicts: conflicts with "understudy-operator" using understudy.dev/v1alpha1:
-- .status.conditions[type="Ready"].status
-- .status.conditions[type="Ready"].reason"#;
-        let others = format!(
-            "{own}\nconflicts with \"understudy-node\" using understudy.dev/v1alpha1:\n- .status.phase"
-        );
-        assert!(is_with_itself(own));
-        assert!(!is_with_itself(&others));
-        assert!(!is_with_itself("the object has been modified"));
-    }
 }

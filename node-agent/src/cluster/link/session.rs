@@ -13,6 +13,7 @@ use kube::api::{Api, ApiResource, DynamicObject, Patch, PostParams};
 use kube::runtime::{WatchStreamExt, watcher};
 use tokio::sync::Notify;
 use tokio::time::timeout;
+use understudy_api::managers::AGENT;
 use understudy_api::{Guest, Host, NodeUpdate, SeamlessReboot};
 
 use super::client::{REQUEST, Trouble, trouble, watch_trouble};
@@ -22,7 +23,6 @@ use super::health::Keeper;
 use crate::cluster::kinds::Mirrored;
 use crate::cluster::reports::Answer;
 use crate::store::{Key, Object};
-use understudy_api::managers::AGENT;
 
 /// Events of a watch that are taken in at once.
 const BATCH: usize = 256;
