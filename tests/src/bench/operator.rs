@@ -15,6 +15,7 @@ use understudy_api::managers::AGENT;
 use understudy_api::{API_VERSION, ResourceExt};
 
 use crate::control_plane::objects::{api, apply_status, make};
+use crate::demo::REBOOT_PHASES;
 use crate::operator::{Agents, Installed, Operator, USER};
 
 /// Guests and Hosts of the cluster, guests spread evenly.
@@ -27,14 +28,6 @@ const REBOOTS: usize = 500;
 const HEARTBEAT: Duration = Duration::from_secs(10);
 /// How long each phase of a reboot takes; shorter than any real one.
 const PHASE: Duration = Duration::from_secs(1);
-const PHASES: [&str; 6] = [
-    "Confirmed",
-    "Cloning",
-    "Rebooting",
-    "Integrating",
-    "CuttingOver",
-    "Succeeded",
-];
 /// Requests at a time while the cluster is filled.
 const AT_ONCE: usize = 24;
 const NAMESPACE: &str = "bench";
@@ -241,7 +234,7 @@ async fn reboot(
         .get(&name)
         .context("a reboot that was seen")?;
     let reboots = api(client, API_VERSION, "SeamlessReboot", Some(NAMESPACE));
-    for phase in PHASES {
+    for phase in REBOOT_PHASES[1..].iter().copied() {
         let is = |what: bool| if what { "True" } else { "False" };
         let condition = |kind: &str, status: &str| {
             json!({"type": kind, "status": status, "reason": "Played", "message": "",

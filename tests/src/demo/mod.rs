@@ -15,6 +15,7 @@ use serde_json::Value;
 
 pub use outcome::Outcome;
 pub use place::Chosen;
+pub use show::REBOOT_PHASES;
 use show::Show;
 pub use table::publish;
 
@@ -268,7 +269,7 @@ fn wait_for_services(machine: &Machine, address: &str, ports: &[u16]) -> Result<
 
 /// Shows the reboot's phases until it has ended; an error unless it succeeded.
 fn follow(machine: &Machine, show: &Show) -> Result<Value> {
-    let mut bar = show.phases(show::REBOOT);
+    let mut bar = show.phases(REBOOT_PHASES);
     let object = machine.wait_for("SeamlessReboot", REBOOT, "to end", REBOOT_LIMIT, |object| {
         bar.show(&object["status"]);
         let phase = object["status"]["phase"].as_str().unwrap_or_default();

@@ -6,7 +6,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
 /// Phases of a seamless reboot, in order.
-pub const REBOOT: &[&str] = &[
+pub const REBOOT_PHASES: &[&str] = &[
     "Pending",
     "Confirmed",
     "Cloning",
@@ -53,7 +53,7 @@ impl Show {
         eprintln!("\n{text}");
     }
 
-    /// Phases that will pass, in order: [`REBOOT`] or [`NODE_UPDATE`].
+    /// Phases that will pass, in order: [`REBOOT_PHASES`] or [`NODE_UPDATE`].
     pub fn phases(&self, phases: &'static [&'static str]) -> PhaseBar {
         let bar = ProgressBar::new(phases.len() as u64 - 1);
         if let Ok(style) = ProgressStyle::with_template("  {bar:24} {elapsed:>4}  {msg}") {

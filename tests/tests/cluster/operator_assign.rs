@@ -4,6 +4,7 @@ use anyhow::{Result, ensure};
 use kube::ResourceExt;
 use kube::api::{ListParams, Patch, PatchParams};
 use serde_json::json;
+use understudy_tests::demo::REBOOT_PHASES;
 
 use crate::operator_bed::{Bed, OLD, Scenario, condition, condition_of, has_finalizers, message_of, owners};
 use crate::scenarios;
@@ -173,14 +174,7 @@ async fn a_guest_is_rebooted_again_and_its_own_request_is_answered_once(bed: &Be
             reboot["status"]["nodeName"] == node && has_finalizers(&reboot),
             "{reboot:#}"
         );
-        for phase in [
-            "Confirmed",
-            "Cloning",
-            "Rebooting",
-            "Integrating",
-            "CuttingOver",
-            "Succeeded",
-        ] {
+        for phase in REBOOT_PHASES[1..].iter().copied() {
             bed.phase("SeamlessReboot", ns, name, phase, 0).await?;
         }
         let reboot = bed
@@ -218,11 +212,7 @@ async fn a_guest_is_rebooted_again_and_its_own_request_is_answered_once(bed: &Be
     // The request is there still, and the Guest is looked at for another reason.
     bed.patch("Guest", ns, "web", json!({"spec": {"priority": 7}}))
         .await?;
-    bed.until("Guest", ns, "web", "be seen in its new generation", |guest| {
-        let mut all = guest["status"]["conditions"].as_array().into_iter().flatten();
-        all.any(|there| there["type"] == "Accepted" && there["observedGeneration"] == 2)
-    })
-    .await?;
+    is_seen(bed, ns, "web", 2).await?;
     ensure!(
         !bed.is_there("SeamlessReboot", ns, "web-asked-11111111").await?,
         "one that was deleted was made again"
@@ -247,13 +237,19 @@ async fn a_guest_is_rebooted_again_and_its_own_request_is_answered_once(bed: &Be
         .await?;
     bed.patch("Guest", ns, "mute", json!({"spec": {"priority": 7}}))
         .await?;
-    bed.until("Guest", ns, "mute", "be seen in its new generation", |guest| {
-        let mut all = guest["status"]["conditions"].as_array().into_iter().flatten();
-        all.any(|there| there["type"] == "Accepted" && there["observedGeneration"] == 3)
-    })
-    .await?;
+    is_seen(bed, ns, "mute", 3).await?;
     ensure!(!bed.is_there("SeamlessReboot", ns, "mute-asked-33333333").await?);
     Ok(())
+}
+
+/// Waits until the operator has seen a Guest in this generation.
+async fn is_seen(bed: &Bed, ns: &str, name: &str, generation: i64) -> Result<()> {
+    bed.until("Guest", ns, name, "be seen in its new generation", |guest| {
+        let mut all = guest["status"]["conditions"].as_array().into_iter().flatten();
+        all.any(|there| there["type"] == "Accepted" && there["observedGeneration"] == generation)
+    })
+    .await
+    .map(drop)
 }
 
 async fn what_a_lost_node_had_is_let_go(bed: &Bed) -> Result<()> {

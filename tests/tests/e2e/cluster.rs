@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use understudy_tests::bed::{GATEWAY, repository, wait_until};
 use understudy_tests::control_plane::{ControlPlane, Options};
+use understudy_tests::demo::REBOOT_PHASES;
 use understudy_tests::demo::{MAC, guest_manifest, install_kernel};
 use understudy_tests::e2e::Context;
 use understudy_tests::load::Load;
@@ -25,16 +26,6 @@ const BOOT_LIMIT: Duration = Duration::from_secs(480);
 const POLL: Duration = Duration::from_millis(500);
 /// Until a controller or an agent has done what it does at once.
 const SOON: Duration = Duration::from_secs(60);
-/// Phases of a reboot that goes well.
-const PHASES: [&str; 7] = [
-    "Pending",
-    "Confirmed",
-    "Cloning",
-    "Rebooting",
-    "Integrating",
-    "CuttingOver",
-    "Succeeded",
-];
 
 /// The operator as a process; it ends with this.
 struct Operator {
@@ -216,7 +207,7 @@ pub fn a_guest_of_a_cluster_is_rebooted_while_its_api_server_is_away(context: &C
     // A cutover that was taken back is integrated once more.
     phases.dedup();
     ensure!(
-        phases.starts_with(&PHASES[..5]) && phases.ends_with(&PHASES[5..]),
+        phases.starts_with(&REBOOT_PHASES[..5]) && phases.ends_with(&REBOOT_PHASES[5..]),
         "its phases were {phases:?}"
     );
     let guest = wait_until("the guest's new boot in its status", SOON, POLL, || {

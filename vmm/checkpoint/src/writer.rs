@@ -290,13 +290,17 @@ impl Writer {
     /// # Errors
     /// When a chunk is absent, or the disk fails.
     pub fn settle(&mut self) -> Result<(), SaveError> {
+        self.settled = Some(self.write_index()?);
+        Ok(())
+    }
+
+    fn write_index(&mut self) -> Result<Settled, SaveError> {
         let index = self.index.settle().map_err(|chunk| SaveError::Absent { chunk })?;
         let (sealed, bytes) = self.frames(Part::Index, index)?;
         let file = self.put(INDEX, &bytes)?;
         file.sync()
             .map_err(|source| SaveError::io("syncing", self.directory.path(INDEX), source))?;
-        self.settled = Some(Settled { sealed, file });
-        Ok(())
+        Ok(Settled { sealed, file })
     }
 
     /// How far it is.
@@ -349,11 +353,9 @@ impl Writer {
                 reason: format!("a state of {} bytes, where {MAX_STATE} are possible", state.len()),
             });
         }
-        if self.settled.is_none() {
-            self.settle()?;
-        }
-        let Some(settled) = &self.settled else {
-            return Err(SaveError::Sealing { part: INDEX });
+        let settled = match self.settled.take() {
+            Some(settled) => settled,
+            None => self.write_index()?,
         };
         let changes = self
             .index
