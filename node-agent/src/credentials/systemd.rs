@@ -47,6 +47,8 @@ impl SystemdCreds {
         let mut child = Command::new(&self.program)
             .args(arguments)
             .envs(self.environment.iter().cloned())
+            // The service manager hears its main process only, and complains of others.
+            .env_remove("NOTIFY_SOCKET")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
