@@ -170,4 +170,23 @@ mod tests {
             assert!(text.lines().any(|there| there == line), "{line} in {text}");
         }
     }
+
+    #[test]
+    fn the_dashboard_shows_what_is_served() {
+        let served = Metrics::default().encode().unwrap();
+        let dashboard = include_str!("../charts/understudy/files/dashboards/understudy.json");
+        let words = dashboard.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        let shown: Vec<&str> = words
+            .filter(|word| word.starts_with("understudy_operator_"))
+            .collect();
+        assert!(!shown.is_empty());
+        for name in shown {
+            // Types are of the family, samples have its suffix.
+            let family = name.trim_end_matches("_total").trim_end_matches("_bucket");
+            assert!(
+                served.contains(&format!("# TYPE {family} ")),
+                "{name} is not served:\n{served}"
+            );
+        }
+    }
 }

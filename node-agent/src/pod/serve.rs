@@ -284,4 +284,36 @@ mod tests {
             assert!(value.parse::<i64>().is_ok(), "{line}");
         }
     }
+
+    #[test]
+    fn the_dashboard_shows_what_is_served() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let now = Timestamp::now();
+        store.apply(&Host::new("alpha", HostSpec {}), now).unwrap();
+        let host: Host = store.get(&Key::new("", "alpha")).unwrap().unwrap();
+        store
+            .update_status::<Host>(&host.key(), &host.uid(), true, |status| {
+                status.heartbeat = Some(Time(now));
+                status.free_memory_bytes = Some(1);
+                status.free_disk_bytes = Some(1);
+            })
+            .unwrap();
+        let service = Service {
+            state_dir: dir.path().to_owned(),
+        };
+        let served = service.metrics(now);
+        let dashboard = include_str!("../../../charts/understudy/files/dashboards/understudy.json");
+        let words = dashboard.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        let shown: Vec<&str> = words
+            .filter(|word| word.starts_with("understudy_") && !word.starts_with("understudy_operator_"))
+            .collect();
+        assert!(!shown.is_empty());
+        for name in shown {
+            assert!(
+                served.contains(&format!("# TYPE {name} ")),
+                "{name} is not served"
+            );
+        }
+    }
 }
