@@ -85,11 +85,19 @@ impl Writing<'_> {
         fields
     }
 
-    /// Only the operator's conditions change; whose the phase is stays as it is.
-    pub fn conditions_only(&self, wanted: Vec<Owned>) -> Status {
+    /// It is over, and only the operator's conditions change; whose the phase is stays as it is.
+    pub fn conditions_only(&self, mut wanted: Vec<Owned>) -> Status {
         if !owns(&self.update.metadata, "phase") {
+            // The end may be seen before the first heartbeat after a reboot, and nothing is written later on: what
+            // is told for good is who has reported it.
+            wanted.push(Owned::new(
+                types::AGENT_AVAILABLE,
+                true,
+                reasons::AGENT_LIVES,
+                format!("the agent of node {} has reported the end", self.place.name),
+            ));
             return Status {
-                fields: self.fields(&with_agent(wanted, self.place)),
+                fields: self.fields(&wanted),
                 ..Status::default()
             };
         }
