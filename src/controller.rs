@@ -28,6 +28,17 @@ pub struct Context {
     pub world: Arc<World>,
     /// The hand that writes.
     pub writer: Writer,
+    /// The Pod that this process runs in, where it runs in one.
+    pub pod: PodName,
+}
+
+/// Which Pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodName {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
 }
 
 /// A reconciler: fetches what an object needs, builds what shall be, applies it.

@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use understudy_api::{Guest, Host, HostUpdate, NodeUpdate, SeamlessReboot};
 
 use crate::cli::Settings;
-use crate::controller::{self, Context};
+use crate::controller::{self, Context, PodName};
 use crate::invalid;
 use crate::lease::Candidate;
 use crate::metrics::Metrics;
@@ -94,7 +94,11 @@ pub async fn run(settings: Settings) -> Result<(), RunError> {
             metrics.leads(true);
             let limit = Limit::new(settings.writes_per_second, settings.writes_per_second * 5);
             let writer = Writer::new(client.clone(), fence, limit, &identity, metrics.clone());
-            begin(&client, writer, &metrics, &mut tasks);
+            let pod = PodName {
+                namespace: settings.namespace.clone(),
+                name: identity.clone(),
+            };
+            begin(&client, writer, pod, &metrics, &mut tasks);
             tokio::select! {
                 () = candidate.keep() => Err(RunError::LeaseLost),
                 ended = tasks.join_next() => {
@@ -120,11 +124,12 @@ pub async fn run(settings: Settings) -> Result<(), RunError> {
 }
 
 /// Watches and controllers.
-fn begin(client: &Client, writer: Writer, metrics: &Arc<Metrics>, tasks: &mut JoinSet<()>) {
+fn begin(client: &Client, writer: Writer, pod: PodName, metrics: &Arc<Metrics>, tasks: &mut JoinSet<()>) {
     let (world, queues) = World::watch(client, metrics, tasks);
     let context = Arc::new(Context {
         world: world.clone(),
         writer,
+        pod,
     });
     // One waits for the stores and tells the others: a store wakes only the last who waits for it.
     let (told, known) = watch::channel(false);

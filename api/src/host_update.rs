@@ -182,7 +182,7 @@ pub struct PodSelector {
 #[serde(rename_all = "camelCase")]
 pub struct Drain {
     /// `Evict`: they are evicted, as disruption budgets allow. `None`: they stay until the host goes down.
-    /// Pods of DaemonSets and static Pods stay in any case.
+    /// Pods of DaemonSets, static Pods and that of the leading operator stay in any case.
     #[serde(default)]
     pub mode: DrainMode,
     /// The longest that it may take, `1s` to `24h`. After that the pass has failed, and the node is uncordoned.

@@ -4,7 +4,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::api::{EvictParams, ListParams};
 use kube::{Api, ResourceExt};
 
-use crate::controller::Context;
+use crate::controller::{Context, PodName};
 use crate::error::Error;
 
 /// What is left on a node.
@@ -24,7 +24,8 @@ pub async fn pass(node: &str, context: &Context) -> Result<Pods, Error> {
     let pods = Api::<Pod>::all(client.clone()).list(&of_node).await;
     let pods = pods.map_err(|error| Error::from_kube(&action, error))?;
     let mut found = Pods::default();
-    for pod in pods.items.iter().filter(|pod| is_ordinary(pod)) {
+    let ordinary = pods.items.iter().filter(|pod| is_ordinary(pod));
+    for pod in ordinary.filter(|pod| !is_own(pod, &context.pod)) {
         let namespace = pod.namespace().unwrap_or_default();
         let name = format!("{namespace}/{}", pod.name_any());
         if pod.metadata.deletion_timestamp.is_none() {
@@ -51,6 +52,13 @@ pub async fn pass(node: &str, context: &Context) -> Result<Pods, Error> {
     found.left.sort();
     found.blocked.sort();
     Ok(found)
+}
+
+/// Whether this process runs in the Pod. It goes down with its host, as a Pod of a DaemonSet does: the kubelet starts it again,
+/// and another replica leads meanwhile. Where no other node takes an operator that has evicted itself, nobody would
+/// ever uncordon the node.
+fn is_own(pod: &Pod, own: &PodName) -> bool {
+    pod.metadata.namespace.as_ref() == Some(&own.namespace) && pod.metadata.name.as_ref() == Some(&own.name)
 }
 
 /// Whether a Pod is to be evicted: not one of a DaemonSet, not a static one, not one that has ended.

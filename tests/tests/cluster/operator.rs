@@ -12,7 +12,7 @@ use understudy_tests::cluster::Context;
 use understudy_tests::operator::{Installed, USER};
 
 use crate::chart_rights::{NAMESPACE, rights};
-use crate::operator_bed::{Bed, Scenario};
+use crate::operator_bed::{Bed, OPERATOR, Scenario};
 use crate::{operator_assign, operator_rollout};
 
 /// Rights that no scenario here uses, and why the operator has them.
@@ -24,7 +24,7 @@ const UNUSED: &[(&str, &str, &str)] = &[
 /// Every scenario; `UNDERSTUDY_SCENARIO=name` runs those alone whose name has this in it, and does not look at rights.
 pub fn operator_does_its_work_with_the_charts_rights_and_uses_each(context: &Context) -> Result<()> {
     let installed = Installed::start(&context.dir.join("own"))?;
-    let mut operator = installed.operator("alone", &[])?;
+    let mut operator = installed.operator(OPERATOR, &[])?;
     operator.wait_until_it_leads()?;
     context.say("an operator leads");
     let wanted = std::env::var("UNDERSTUDY_SCENARIO").unwrap_or_default();

@@ -23,6 +23,9 @@ const LIMIT: Duration = Duration::from_secs(150);
 pub const OLD: &str = "6.1.0-47-amd64";
 pub const NEW: &str = "6.1.0-56-amd64";
 
+/// The operator's Pod, and so what it calls itself.
+pub const OPERATOR: &str = "alone";
+
 /// A scenario, by its name.
 pub type Scenario = (&'static str, fn(Rc<Bed>) -> Played);
 /// What becomes of it.
