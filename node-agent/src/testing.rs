@@ -16,6 +16,7 @@ use understudy_vmm_control::owner::{OWNER_VERSION, Owner, state_dir};
 use understudy_vmm_control::session::MANIFEST;
 use uuid::Uuid;
 
+use crate::cluster::{Access, Cluster};
 use crate::config::{Config, Credentials, ProviderName, Supervisor};
 use crate::credentials::{Identity, Secret};
 use crate::guests::boot::vm_config;
@@ -23,7 +24,7 @@ use crate::guests::resolve;
 use crate::host::HostIdentity;
 use crate::node::Node;
 use crate::sessions::Record;
-use crate::store::{Key, Object, Store};
+use crate::store::{Key, Object, Objects, Store};
 use crate::vmm::{Instance, Layout, Process};
 
 /// How long anything may take here.
@@ -39,6 +40,29 @@ pub(crate) struct Bed {
 impl Bed {
     /// A node whose VMM is the shell script `vmm`.
     pub(crate) fn new(vmm: &str) -> Bed {
+        Bed::with(vmm, |store, _| Arc::new(store))
+    }
+
+    /// One of a cluster that has not answered yet.
+    pub(crate) fn of_cluster(vmm: &str) -> (Bed, Arc<Cluster>) {
+        let access = Access {
+            server: "https://127.0.0.1:1".into(),
+            ca_data: String::new(),
+            token: String::new(),
+            node_name: "alpha".into(),
+            node_uid: "node-uid".into(),
+            namespace: "understudy".into(),
+        };
+        let mut cluster = None;
+        let bed = Bed::with(vmm, |store, state_dir| {
+            let opened = Arc::new(Cluster::open(store, state_dir, &access).unwrap());
+            cluster = Some(opened.clone());
+            opened
+        });
+        (bed, cluster.unwrap())
+    }
+
+    fn with(vmm: &str, objects: impl FnOnce(Store, &Path) -> Arc<dyn Objects>) -> Bed {
         use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().unwrap();
         let run_dir = tempfile::tempdir_in("/dev/shm").unwrap();
@@ -64,13 +88,8 @@ impl Bed {
         };
         fs::create_dir_all(config.disks_dir.join("default")).unwrap();
         let store = Store::open(&config.state_dir).unwrap();
-        let node = Node::open(
-            crate::host::name(),
-            config,
-            Arc::new(store.clone()),
-            HostIdentity::read(),
-        )
-        .unwrap();
+        let objects = objects(store.clone(), &config.state_dir);
+        let node = Node::open(crate::host::name(), config, objects, HostIdentity::read()).unwrap();
         Bed {
             dir,
             _run_dir: run_dir,

@@ -8,7 +8,7 @@ use understudy_api::duration;
 use understudy_api::{Guest, HostUpdate, NodeUpdate, SeamlessReboot};
 
 use super::{Kind, kind};
-use crate::cluster::orphans;
+use crate::cluster::{named, orphans};
 use crate::config::{Config, Mode};
 use crate::store::{Key, Object, Store, StoreError};
 
@@ -94,8 +94,7 @@ fn delete<O: Object>(
             key: key.clone(),
         })?
         .uid();
-    let name = format!("{} {key}", O::KIND.name());
-    if config.mode == Mode::Cluster && !orphans(&config.state_dir)?.contains(&name) {
+    if config.mode == Mode::Cluster && !orphans(&config.state_dir)?.contains(&named(O::KIND, key)) {
         return Err(Box::new(OfCluster {
             kind: arguments.kind.singular(),
             key: key.clone(),

@@ -12,4 +12,4 @@ pub mod reports;
 
 pub use access::Access;
 pub use link::{Health, Link};
-pub use objects::{Cluster, orphans};
+pub use objects::{Cluster, named, orphans};

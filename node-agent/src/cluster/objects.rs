@@ -7,6 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use jiff::Timestamp;
 use understudy_api::conditions::{self, Wanted, types};
+use understudy_api::crd::Kind;
 use understudy_api::node_update::Origin;
 use understudy_api::{Guest, HostStatus, HostUpdate, HostUpdateStatus, NodeUpdate, SeamlessReboot};
 
@@ -21,6 +22,11 @@ const MAX_NAMED: usize = 10;
 /// What runs on a node and is not assigned to it, as `Kind namespace/name`: the agent notes it in its state directory.
 pub fn orphans(state_dir: &Path) -> Result<BTreeSet<String>, DurableError> {
     Ok(durable::read_json(&orphans_path(state_dir))?.unwrap_or_default())
+}
+
+/// What an object is called among orphans.
+pub fn named(kind: Kind, key: &Key) -> String {
+    format!("{} {key}", kind.name())
 }
 
 fn orphans_path(state_dir: &Path) -> PathBuf {
@@ -80,7 +86,7 @@ impl Cluster {
         let mut there = lock(&self.orphans);
         for orphan in orphans.difference(&there) {
             tracing::warn!(
-                "{orphan} is not in the API server, or not assigned to this node: it goes on; `understudy-node delete` on this node ends it"
+                "{orphan} is not in the API server, or not assigned to this node: it goes on where it runs and is not started where it does not; `understudy-node delete` on this node ends it"
             );
         }
         for orphan in there.difference(&orphans) {
@@ -91,7 +97,11 @@ impl Cluster {
         {
             tracing::error!(%error, "what is not assigned to this node could not be noted");
         }
-        *there = orphans;
+        if *there != orphans {
+            *there = orphans;
+            // A guest that is assigned again is not parked any more.
+            self.store.ring();
+        }
     }
 
     fn write_host(&self, status: &mut HostStatus, now: Timestamp) {
@@ -105,7 +115,7 @@ impl Cluster {
         let message = match orphans.is_empty() {
             true => String::new(),
             false => format!(
-                "{}{more}: not in the API server, or not assigned to this node; each goes on until `understudy-node delete` on the node ends it",
+                "{}{more}: not in the API server, or not assigned to this node; what runs goes on, what does not is not started, until `understudy-node delete` on the node ends it",
                 named.join(", ")
             ),
         };
@@ -130,6 +140,10 @@ impl Objects for Cluster {
 
     fn stands_alone(&self) -> bool {
         false
+    }
+
+    fn is_assigned(&self, guest: &Key) -> bool {
+        !lock(&self.orphans).contains(&named(Guest::KIND, guest))
     }
 
     /// The record that it was released is durable before the object goes: in between, the guest is deleted again,

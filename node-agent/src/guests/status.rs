@@ -38,6 +38,8 @@ pub mod reasons {
     pub const START_FAILED: &str = "StartFailed";
     /// It stopped by itself and is started again after a pause.
     pub const BACK_OFF: &str = "BackOff";
+    /// It is not assigned to this node, and is not started.
+    pub const NOT_ASSIGNED: &str = "NotAssigned";
     /// Its VMM runs and does not answer.
     pub const VMM_SILENT: &str = "VmmSilent";
     /// The guest agent answers.

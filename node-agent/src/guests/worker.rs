@@ -174,6 +174,7 @@ impl Worker {
                 reasons::START_FAILED,
                 "its VMM has ended within an operation, which is being undone or finished",
             ),
+            (None, true) if !self.node.objects.is_assigned(&self.key) => self.parked(),
             (None, true) => self.start(guest, &resolved),
             (None, false) => {
                 self.stopping_since = None;
@@ -383,6 +384,19 @@ impl Worker {
                 format!("whether it has a saved session cannot be told, so it is not booted: {error}"),
             )),
         }
+    }
+
+    /// Another node may have been given the guest, or nobody: its disks stay as they are.
+    fn parked(&mut self) -> Seen {
+        self.running_since = None;
+        Seen::down(
+            GuestPhase::Pending,
+            reasons::NOT_ASSIGNED,
+            format!(
+                "it is not in the API server, or not assigned to this node, and is not started by guess; its disks are kept. Apply it again with this node's name, or end it by `understudy-node delete guest {} -n {}`",
+                self.key.name, self.key.namespace
+            ),
+        )
     }
 
     fn start(&mut self, guest: &Guest, resolved: &Resolved) -> Seen {

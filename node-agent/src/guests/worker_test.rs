@@ -1,3 +1,5 @@
+use std::collections::BTreeSet;
+
 use super::*;
 use crate::testing::Bed;
 
@@ -45,6 +47,23 @@ fn of_two_guests_on_one_disk_the_second_is_refused_with_the_name_of_the_first() 
         "{message}"
     );
     bed.ready_message("first", reasons::START_FAILED);
+}
+
+#[test]
+fn a_guest_that_is_not_assigned_to_the_node_any_more_is_parked_until_it_is_again() {
+    let (bed, cluster) = Bed::of_cluster(FAILING);
+    bed.disk("web.img");
+    bed.apply(&Bed::guest_manifest("web", "web.img"));
+    cluster.set_orphans(BTreeSet::from(["Guest default/web".to_owned()]));
+    run(&bed, "web");
+    let message = bed.ready_message("web", reasons::NOT_ASSIGNED);
+    assert!(
+        message.contains("disks are kept") && message.contains("delete guest web -n default"),
+        "{message}"
+    );
+    // Told by the one who lists, not found out by the next look in some seconds.
+    cluster.set_orphans(BTreeSet::new());
+    bed.ready_message("web", reasons::START_FAILED);
 }
 
 #[test]

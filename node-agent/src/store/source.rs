@@ -22,6 +22,12 @@ pub trait Objects: Send + Sync {
     /// Whether the objects are nowhere else. Then what an operator does in a cluster is done here: SeamlessReboots
     /// for what guests ask, NodeUpdates for HostUpdates, and the removal of what is over.
     fn stands_alone(&self) -> bool;
+    /// Whether a guest that is here is assigned to this node as well. One that is not runs on where it runs, and is
+    /// *parked* where it does not: not started by guess, its files untouched.
+    fn is_assigned(&self, _guest: &Key) -> bool {
+        true
+    }
+
     /// All guests of this node.
     fn guests(&self) -> Vec<Guest> {
         self.store().list()

@@ -12,7 +12,7 @@ use kube::runtime::watcher;
 use super::{Driven, events};
 use crate::cluster::kinds::Mirrored;
 use crate::cluster::mirror::{Facts, Step, step};
-use crate::cluster::objects::Cluster;
+use crate::cluster::objects::{Cluster, named};
 use crate::cluster::reports::{self, Answer, Attempts, Due, PROGRESS, Target, Write};
 use crate::store::{self, Key, Objects};
 
@@ -174,7 +174,7 @@ impl<O: Mirrored> Desk<O> {
             match decide(locals.get(key)) {
                 Step::Keep => continue,
                 Step::Orphan => {
-                    orphans.insert(format!("{} {key}", O::KIND.name()));
+                    orphans.insert(named(O::KIND, key));
                     continue;
                 }
                 Step::Write(_) | Step::Forget => {}
