@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use understudy_tests::bed::{Firmware, Node, NodeOptions, wait_until};
+use understudy_tests::bed::{Firmware, Node, NodeOptions, Ssh, wait_until};
 use understudy_tests::e2e::Context;
 use understudy_tests::kubelet::{Kubelet, images};
 use understudy_tests::load::Count;
@@ -59,13 +59,14 @@ impl Drop for Beside {
 }
 
 /// `kubectl apply` of a HostUpdate: one node after the other is cordoned, its ordinary Pods go to the other one by
-/// eviction, the operator among them, its guest's session is saved, it reboots into the newer kernel, the session goes
-/// on, and Pods may come again.
+/// eviction, its guest's session is saved, it reboots into the newer kernel, the session goes on, and Pods may come
+/// again. The only operator goes down with its host. The API server is away from when the first host saves until its
+/// guest's session goes on.
 pub fn a_host_update_takes_one_node_of_a_cluster_after_the_other(context: &Context) -> Result<()> {
     let mut machine = Machine::in_node(context.stage, &context.binaries);
     machine.clear()?;
     let beside = Beside::up(context)?;
-    let cluster = Cluster::start(context)?;
+    let mut cluster = Cluster::start(context)?;
     let other = Kubelet::join(&beside.node, &cluster.plane, OTHER, &cluster.archives)?;
     context.say("two nodes are Ready");
     cluster.helm("install", "")?;
@@ -90,6 +91,8 @@ pub fn a_host_update_takes_one_node_of_a_cluster_after_the_other(context: &Conte
     cluster
         .plane
         .apply(&updates::manifest(UPDATE, Some(&command), None))?;
+    while_the_api_server_is_away(context, &mut cluster, &guest.ssh)?;
+    ensure!(guest.life()? == life, "the guest's session did not go on");
     let mut cordoned = BTreeSet::new();
     wait_until("every node to be as the HostUpdate declares", LIMIT, POLL, || {
         let nodes = cluster.plane.get(&["nodes"])?;
@@ -161,6 +164,27 @@ pub fn a_host_update_takes_one_node_of_a_cluster_after_the_other(context: &Conte
     other.leave()?;
     cluster.kubelet.leave()?;
     machine.clear()
+}
+
+/// The guest's host goes down and is back, and its session goes on, while nobody can be asked.
+fn while_the_api_server_is_away(context: &Context, cluster: &mut Cluster, guest: &Ssh) -> Result<()> {
+    let boot = context.node().boot_id()?;
+    wait_until("the guest's host to save", LIMIT, POLL, || {
+        let updates = cluster.plane.get(&["nodeupdates"])?;
+        let mut of_node = items(&updates).filter(|update| update["spec"]["nodeName"] == NODE);
+        let has_begun = |update: &Value| {
+            let phase = update["status"]["phase"].as_str().unwrap_or_default();
+            ["Saving", "Acknowledged", "Rebooting"].contains(&phase)
+        };
+        Ok(of_node.any(has_begun).then_some(()))
+    })?;
+    cluster.plane.stop_api_server()?;
+    context.say("the API server is away");
+    context.node().wait_for_reboot(&boot, SOON)?;
+    guest.forget();
+    guest.wait(SOON, || Ok(()))?;
+    context.say("the session goes on, and nobody has been asked");
+    cluster.plane.start_api_server()
 }
 
 fn items(list: &Value) -> impl Iterator<Item = &Value> {
