@@ -47,9 +47,10 @@ pub fn a_guest_under_load_is_healthy_after_fifty_saves(context: &Context) -> Res
     let guest = vmm::shell(&vmm, &vmm::address(context)?)?;
     let boot = guest.run("cat /proc/sys/kernel/random/boot_id")?;
     guest.write("/usr/local/bin/load", WRITER)?;
+    // Half of their time: a save finds vCPUs that run and vCPUs that are halted, and gets processors itself.
     guest.run(
         "chmod +x /usr/local/bin/load; systemctl is-system-running --wait; systemd-run --quiet --unit=load /usr/local/bin/load
-         for cpu in $(seq $(nproc)); do systemd-run --quiet --unit=busy-$cpu -p Nice=10 /bin/sh -c 'while :; do :; done'; done",
+         for cpu in $(seq $(nproc)); do systemd-run --quiet --unit=busy-$cpu -p Nice=10 -p CPUQuota=50% /bin/sh -c 'while :; do :; done'; done",
     )?;
     let lines = Lines::of(guest.spawn(COUNTER)?)?;
     let complaints = guest.run(UNHEALTHY)?;
