@@ -28,6 +28,8 @@ pub struct Context {
     pub world: Arc<World>,
     /// The hand that writes.
     pub writer: Writer,
+    /// The operator's own namespace, in which it keeps credentials.
+    pub namespace: String,
 }
 
 /// A reconciler: fetches what an object needs, builds what shall be, applies it.

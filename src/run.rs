@@ -94,7 +94,7 @@ pub async fn run(settings: Settings) -> Result<(), RunError> {
             metrics.leads(true);
             let limit = Limit::new(settings.writes_per_second, settings.writes_per_second * 5);
             let writer = Writer::new(client.clone(), fence, limit, &identity, metrics.clone());
-            begin(&client, writer, &metrics, &mut tasks);
+            begin(&client, writer, &settings.namespace, &metrics, &mut tasks);
             tokio::select! {
                 () = candidate.keep() => Err(RunError::LeaseLost),
                 ended = tasks.join_next() => {
@@ -120,11 +120,12 @@ pub async fn run(settings: Settings) -> Result<(), RunError> {
 }
 
 /// Watches and controllers.
-fn begin(client: &Client, writer: Writer, metrics: &Arc<Metrics>, tasks: &mut JoinSet<()>) {
+fn begin(client: &Client, writer: Writer, namespace: &str, metrics: &Arc<Metrics>, tasks: &mut JoinSet<()>) {
     let (world, queues) = World::watch(client, metrics, tasks);
     let context = Arc::new(Context {
         world: world.clone(),
         writer,
+        namespace: namespace.to_owned(),
     });
     // One waits for the stores and tells the others: a store wakes only the last who waits for it.
     let (told, known) = watch::channel(false);

@@ -22,6 +22,11 @@ pub trait Objects: Send + Sync {
     /// Whether the objects are nowhere else. Then what an operator does in a cluster is done here: SeamlessReboots
     /// for what guests ask, NodeUpdates for HostUpdates, and the removal of what is over.
     fn stands_alone(&self) -> bool;
+    /// Why whoever assigns objects to this node cannot be asked now; `None` where it can.
+    fn away(&self) -> Option<String> {
+        None
+    }
+
     /// All guests of this node.
     fn guests(&self) -> Vec<Guest> {
         self.store().list()
