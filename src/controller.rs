@@ -28,7 +28,7 @@ pub struct Context {
     pub world: Arc<World>,
     /// The hand that writes.
     pub writer: Writer,
-    /// The Pod that this process runs in, where it runs in one.
+    /// The Pod that this process runs in, where it runs in one. In its namespace are the operator's Lease and Secrets.
     pub pod: PodName,
 }
 

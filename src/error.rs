@@ -55,6 +55,14 @@ pub enum Error {
         /// Why.
         source: Box<kube::Error>,
     },
+    /// A credential could not be made or read.
+    #[error("{action} failed: {source}")]
+    Credential {
+        /// What was tried.
+        action: String,
+        /// Why.
+        source: understudy_sealing::SealError,
+    },
     /// Something could not be encoded.
     #[error("{action}: cannot be encoded: {source}")]
     Encode {
@@ -98,6 +106,7 @@ impl Error {
             Error::Forbidden { .. } => "Forbidden",
             Error::Refused { .. } => "Refused",
             Error::Api { .. } => "Api",
+            Error::Credential { .. } => "Credential",
             Error::Encode { .. } => "Encode",
         }
     }
@@ -114,7 +123,10 @@ impl Error {
             | Error::Forbidden { message, .. }
             | Error::Refused { message, .. } => Some(message),
             Error::Changed { .. } => Some("it has changed meanwhile"),
-            Error::NotLeading { .. } | Error::TooLate { .. } | Error::Encode { .. } => None,
+            Error::NotLeading { .. }
+            | Error::TooLate { .. }
+            | Error::Credential { .. }
+            | Error::Encode { .. } => None,
             Error::Api { .. } => self.refusal().map(|status| status.message.as_str()),
         }
     }
@@ -133,7 +145,10 @@ impl Error {
     pub fn concerns_user(&self) -> bool {
         matches!(
             self,
-            Error::Conflict { .. } | Error::Forbidden { .. } | Error::Refused { .. }
+            Error::Conflict { .. }
+                | Error::Forbidden { .. }
+                | Error::Refused { .. }
+                | Error::Credential { .. }
         )
     }
 }

@@ -77,6 +77,10 @@ pub struct Place {
     pub agent: Agent,
     /// When its kernel was started, in microseconds since 1970, as the agent says.
     pub booted_at: Option<i64>,
+    /// Its boot ID, as the agent says.
+    pub boot_id: Option<String>,
+    /// Its machine ID, as the agent says.
+    pub machine_id: Option<String>,
 }
 
 impl Place {
@@ -97,6 +101,8 @@ impl Place {
         Place {
             name: name.to_owned(),
             agent,
+            boot_id: status.and_then(|status| status.boot_id.clone()),
+            machine_id: status.and_then(|status| status.machine_id.clone()),
             booted_at: status
                 .filter(|status| {
                     // What the agent said in an earlier boot is not true of this one.

@@ -49,7 +49,8 @@ fn good(kind: Kind) -> Value {
                 "nodeName": "node-a", "origin": "HostUpdate", "reason": "a newer kernel",
                 "hostUpdate": {"name": "kernel", "uid": "6f2c", "generation": 1},
             })),
-            "status": {"observedGeneration": 1, "phase": "Saving"},
+            "status": {"observedGeneration": 1, "phase": "Saving", "credential": {"publicKey": "k",
+                "release": {"bootID": "b", "publicKey": "p", "sealedCredential": "s", "count": 1}}},
         }),
         Kind::Host => json!({"metadata": {"name": "node-a"}, "spec": {}}),
     }
@@ -218,6 +219,9 @@ fn changes(kind: Kind) -> Vec<(&'static str, Value)> {
             ));
         }
         Kind::NodeUpdate => changes.extend([
+            ("/status/credential/release/publicKey", json!("another")),
+            ("/status/credential/release/bootID", json!("another")),
+            ("/status/credential", json!({"publicKey": "k"})),
             ("/spec/origin", json!("Host")),
             ("/status/phase", json!("Failed")),
         ]),

@@ -32,13 +32,22 @@ pub mod types {
     pub const DRAINED: &str = "Drained";
     /// Pods are scheduled to the node again, or it stays as its administrator had left it.
     pub const UNCORDONED: &str = "Uncordoned";
+    /// The operator keeps the credential with which the sessions of a NodeUpdate are resumed.
+    pub const CREDENTIAL_KEPT: &str = "CredentialKept";
     /// A reboot that the host begins would wait until all sessions are saved.
     pub const SESSIONS_SAFE: &str = "SessionsSafe";
     /// A Host has guests or operations that are not assigned to it.
     pub const ORPHANS: &str = "Orphans";
 
     /// Those that the operator writes on objects that are assigned to nodes; all others of them are the agent's.
-    pub const OPERATORS: [&str; 5] = [ACCEPTED, AGENT_AVAILABLE, CORDONED, DRAINED, UNCORDONED];
+    pub const OPERATORS: [&str; 6] = [
+        ACCEPTED,
+        AGENT_AVAILABLE,
+        CORDONED,
+        DRAINED,
+        UNCORDONED,
+        CREDENTIAL_KEPT,
+    ];
 }
 
 /// Reasons, in one word each. Part of the API: they are matched by scripts.
@@ -97,6 +106,16 @@ pub mod reasons {
     pub const SESSION_LOST: &str = "SessionLost";
     /// The credential provider is missing, or it is not able to keep or to return a key.
     pub const CREDENTIAL_UNAVAILABLE: &str = "CredentialUnavailable";
+    /// Sessions wait for the credential provider's answer.
+    pub const AWAITING_CREDENTIAL: &str = "AwaitingCredential";
+    /// The operator has made the credential, and has released it to nobody so far.
+    pub const KEPT: &str = "Kept";
+    /// The operator has released the credential to a boot of the host; it is kept until no session needs it.
+    pub const RELEASED: &str = "Released";
+    /// The operator has not released the credential to who asked for it.
+    pub const CREDENTIAL_REFUSED: &str = "CredentialRefused";
+    /// The operator has destroyed the credential: no session needs it any more.
+    pub const DESTROYED: &str = "Destroyed";
     /// `update.command` failed.
     pub const UPDATE_COMMAND_FAILED: &str = "UpdateCommandFailed";
     /// The host did not go down in time.

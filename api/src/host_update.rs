@@ -334,9 +334,10 @@ pub struct Sessions {
     /// Where they are kept meanwhile: `Disk`, encrypted, with a fresh key for each.
     #[serde(default)]
     pub store: SessionStore,
-    /// Credential provider that keeps the keys over the reboot: the name of one that the node's
-    /// configuration registers, such as `systemd-creds` or `key-file` (`Host` shows them). Absent: the node's
-    /// first. An update is refused before any guest is paused where it is missing or not able.
+    /// Credential provider that keeps the keys over the reboot: the name of one that the node has, such as
+    /// `systemd-creds` or `key-file` (`Host` shows them), or `operator`: in a cluster the operator keeps in a
+    /// Secret what opens them, so that nothing on the host does, and releases it to the node after its reboot.
+    /// Absent: the node's first. An update is refused before any guest is paused where it is missing or not able.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub credential_provider: Option<String>,
     /// The longest that saving may take for all guests together, `1s` to `24h`; they run meanwhile, but

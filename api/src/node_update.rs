@@ -9,6 +9,9 @@ use crate::host_update::{Drain, HostExpect, Reboot, Sessions, Update};
 use crate::never_observed;
 use crate::node_phase::NodeUpdatePhase;
 
+/// Name of the credential provider that is the operator.
+pub const OPERATOR_PROVIDER: &str = "operator";
+
 /// One reboot of one host.
 ///
 /// Made for a HostUpdate, or by the node agent when the host itself goes down; never by hand. Nothing in
@@ -105,6 +108,13 @@ pub struct NodeUpdateStatus {
     /// UID of the Node, in a cluster; a node of the same name with another UID is another node.
     #[serde(default, rename = "nodeUID", skip_serializing_if = "Option::is_none")]
     pub node_uid: Option<String>,
+    /// The credential that the operator keeps, where `sessions.credentialProvider` is `operator`. Written by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credential: Option<Credential>,
+    /// The node agent asks for the credential: for the boot after the reboot, and in a later one where the host
+    /// went down again before every session had gone on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credential_request: Option<CredentialRequest>,
     /// How far it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<NodeUpdatePhase>,
@@ -124,7 +134,8 @@ pub struct NodeUpdateStatus {
     #[serde(default, rename = "result", skip_serializing_if = "Option::is_none")]
     pub result: Option<NodeUpdateResult>,
     /// `Ready`, `Reconciling` and `Stalled` (as kstatus reads them), `Complete` and `Failed` (as Jobs have); in a
-    /// cluster `AgentAvailable`, and for a HostUpdate's `Cordoned`, `Drained` and `Uncordoned`.
+    /// cluster `AgentAvailable`, and for a HostUpdate's `Cordoned`, `Drained` and `Uncordoned`; `CredentialKept`
+    /// where the operator keeps the credential.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
 }
@@ -134,6 +145,8 @@ impl Default for NodeUpdateStatus {
         NodeUpdateStatus {
             observed_generation: never_observed(),
             node_uid: None,
+            credential: None,
+            credential_request: None,
             phase: None,
             reason: None,
             message: None,
@@ -143,6 +156,69 @@ impl Default for NodeUpdateStatus {
             conditions: Vec::new(),
         }
     }
+}
+
+/// The credential that the operator keeps for one NodeUpdate: the private half of a key pair, in a Secret. Nothing of
+/// it that is written here can be read without a key that never leaves the operator, or the node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Credential {
+    /// The public half (X25519, in Base64): the node agent seals the keys of sessions to it, before any guest is
+    /// paused.
+    #[schemars(length(max = 64))]
+    pub public_key: String,
+    /// To which boot of the host it was released last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub release: Option<CredentialRelease>,
+    /// Which request was refused, and why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refusal: Option<CredentialRefusal>,
+}
+
+/// A release of the credential. To each boot of the host it is released once, to one key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CredentialRelease {
+    /// The boot that asked.
+    #[serde(rename = "bootID")]
+    #[schemars(length(max = 64))]
+    pub boot_id: String,
+    /// The public key that asked.
+    #[schemars(length(max = 64))]
+    pub public_key: String,
+    /// The credential, sealed to that key (HPKE, in Base64), and bound to this NodeUpdate, the Node, the machine and
+    /// the boot.
+    #[schemars(length(max = 512))]
+    pub sealed_credential: String,
+    /// How many boots it was released to so far. More than one: the host went down again before every session had
+    /// gone on.
+    pub count: i32,
+}
+
+/// A request that was refused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CredentialRefusal {
+    /// The boot that asked.
+    #[serde(rename = "bootID")]
+    pub boot_id: String,
+    /// The public key that asked.
+    pub public_key: String,
+    /// Why, for people.
+    pub message: String,
+}
+
+/// The node agent asks for the credential.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CredentialRequest {
+    /// The host's boot, which is another one than that in which sessions were saved.
+    #[serde(rename = "bootID")]
+    #[schemars(length(max = 64))]
+    pub boot_id: String,
+    /// Public half (X25519, in Base64) of a key pair that was made for this request, and that ends with the boot.
+    #[schemars(length(max = 64))]
+    pub public_key: String,
 }
 
 /// A phase and when it began.
@@ -241,6 +317,32 @@ pub struct GuestSession {
     /// How long the guest did not run, once it was resumed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interruption: Option<Interruption>,
+}
+
+impl NodeUpdate {
+    /// Whether the operator keeps the credential of its sessions.
+    pub fn is_kept_by_operator(&self) -> bool {
+        self.spec.sessions.credential_provider.as_deref() == Some(OPERATOR_PROVIDER)
+    }
+}
+
+impl NodeUpdateStatus {
+    /// Whether a session may still need its key: what was saved, and neither goes on nor was given up.
+    pub fn needs_keys(&self) -> bool {
+        let is_over = self.phase.is_some_and(NodeUpdatePhase::is_terminal);
+        let sessions = self.result.iter().flat_map(|result| &result.guests);
+        !is_over || sessions.into_iter().any(|session| session.state.needs_key())
+    }
+}
+
+impl SessionState {
+    /// Whether it may still be resumed from its checkpoint, for which its key is needed.
+    pub fn needs_key(self) -> bool {
+        matches!(
+            self,
+            SessionState::Saving | SessionState::Saved | SessionState::Resuming | SessionState::Kept
+        )
+    }
 }
 
 /// How far a guest's session is.

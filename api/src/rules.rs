@@ -301,6 +301,17 @@ pub fn node_update() -> Vec<Rule> {
             },
             "phase cannot be changed any more: the update is finished",
         ),
+        change(
+            "status",
+            "!has(oldSelf.credential) || !has(oldSelf.credential.release) || (has(self.credential) && has(self.credential.release) && (self.credential.release.bootID != oldSelf.credential.release.bootID || self.credential.release.publicKey == oldSelf.credential.release.publicKey))",
+            |old, new| {
+                let (old, new) = (&old["credential"]["release"], &new["credential"]["release"]);
+                old.is_null()
+                    || !new.is_null()
+                        && (old["bootID"] != new["bootID"] || old["publicKey"] == new["publicKey"])
+            },
+            "credential.release cannot be removed, or given to another key in the same boot: to each boot the credential is released once",
+        ),
         matches(
             "spec.nodeName",
             DNS_LABELS,

@@ -88,7 +88,7 @@ impl Node {
         }
         let journal = Directory::open(config.state_dir.join("operations"))?;
         let updates = host_update::journal::Directory::open(config.state_dir.join("updates"))?;
-        let sessions = Sessions::open(&config, identity);
+        let sessions = Sessions::open(&config, identity, objects.clone());
         Ok(Arc::new_cyclic(|me| Node {
             name,
             instances: Instances::open(&config.state_dir),

@@ -276,6 +276,7 @@ impl Bed {
             machine_id: sessions.machine_id().to_owned(),
             boot_id: "the boot before".into(),
             checkpoint: Uuid::new_v4(),
+            node_update: "kernel-1".into(),
         };
         let mut instance = instance.clone();
         instance.process = None;

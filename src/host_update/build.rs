@@ -98,6 +98,7 @@ pub fn build(update: &HostUpdate, found: &Found, now: Timestamp) -> Plan {
     let is_held = found
         .passes
         .iter()
+        .filter(|pass| !node_update::has_given_back_its_node(pass))
         .any(|pass| has_finalizer(&pass.metadata, node_update::FINALIZER) || !phase_of(pass).is_terminal());
     let make = match is_deleting {
         true => Vec::new(),

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use kube::ResourceExt;
+use understudy_api::node_update::NodeUpdateStatus;
 use understudy_api::rollout::pass_name;
 use understudy_api::{HostUpdate, NodeUpdate};
 
@@ -32,8 +33,12 @@ pub fn beyond(update: &HostUpdate, found: &Found) -> Vec<Arc<NodeUpdate>> {
             Reverse((generation, pass.creation_timestamp(), pass.name_any()))
         });
         let old = passes.into_iter().skip(limit);
-        // The present generation's says what has become of the node.
-        let old = old.filter(|pass| !present.contains(&pass.name_any()));
+        // The present generation's says what has become of the node; and with one whose credential is needed still
+        // its sessions would be lost.
+        let needs_credential = |pass: &NodeUpdate| {
+            pass.is_kept_by_operator() && pass.status.as_ref().is_some_and(NodeUpdateStatus::needs_keys)
+        };
+        let old = old.filter(|pass| !present.contains(&pass.name_any()) && !needs_credential(pass));
         beyond.extend(
             old.filter(|pass| pass.metadata.deletion_timestamp.is_none())
                 .cloned(),

@@ -11,6 +11,7 @@ use understudy_api::node_update::{NodeUpdateStatus, Origin};
 use understudy_api::{NodeUpdate, NodeUpdatePhase, duration};
 
 use super::FINALIZER;
+use super::credential::{self, Said};
 use super::drain::Pods;
 use super::status::{Writing, condition};
 use crate::place::{NodeView, Owned, Place, Refusal, Standing};
@@ -28,6 +29,8 @@ pub struct Found {
     pub others: Vec<Arc<NodeUpdate>>,
     /// What is left on the node, where it is being drained.
     pub pods: Option<Pods>,
+    /// What was done for the credential, where anything was.
+    pub said: Option<Said>,
 }
 
 /// What is done to the node.
@@ -58,6 +61,12 @@ pub struct Plan {
 pub fn drains(update: &NodeUpdate, found: &Found) -> bool {
     let evicts = (update.spec.drain.as_ref()).is_none_or(|drain| drain.mode == DrainMode::Evict);
     evicts && stage(update, found) == Stage::Drain
+}
+
+/// Whether the agent may begin soon: by then it must have all that it needs. What is made for it is undone by who
+/// holds the finalizer.
+pub fn begins(update: &NodeUpdate, found: &Found) -> bool {
+    has_finalizer(&update.metadata, FINALIZER) && matches!(stage(update, found), Stage::Cordon | Stage::Drain)
 }
 
 /// How far the operator's part is.
@@ -161,13 +170,21 @@ pub fn build(update: &NodeUpdate, found: &Found, now: Timestamp) -> Plan {
         update,
         status: &status,
         place: &found.place,
+        said: found.said.as_ref(),
         now,
     };
     let is_deleting = update.metadata.deletion_timestamp.is_some();
     // A finalizer cannot be added to what is being deleted.
     let is_kept = !is_deleting || has_finalizer(&update.metadata, FINALIZER);
     let kept = |plan: Plan| Plan { is_kept, ..plan };
-    match stage(update, found) {
+    let stage = stage(update, found);
+    let lacks_credential =
+        update.is_kept_by_operator() && status.credential.is_none() && found.said.is_none();
+    if lacks_credential && matches!(stage, Stage::Cordon | Stage::Drain) {
+        // With the finalizer comes the next pass, and with that the credential.
+        return kept(Plan::default());
+    }
+    match stage {
         Stage::Over => over(update, &writing),
         Stage::Lost => {
             let uid = status.node_uid.as_deref().unwrap_or_default();
@@ -295,10 +312,10 @@ fn is_cordoned_for(node: Option<&NodeView>, update: &NodeUpdate) -> bool {
 
 fn over(update: &NodeUpdate, writing: &Writing<'_>) -> Plan {
     let node = writing.place.node.as_ref();
+    let is_kept = update.metadata.deletion_timestamp.is_none() || has_finalizer(&update.metadata, FINALIZER);
     if is_cordoned_for(node, update) {
         return Plan {
-            is_kept: update.metadata.deletion_timestamp.is_none()
-                || has_finalizer(&update.metadata, FINALIZER),
+            is_kept,
             cordon: Some(Cordon::Release),
             // Once the node is seen without the note the rest follows.
             status: Some(writing.conditions_only(vec![Owned::new(
@@ -328,8 +345,11 @@ fn over(update: &NodeUpdate, writing: &Writing<'_>) -> Plan {
         };
         writing.conditions_only(vec![Owned::new(types::UNCORDONED, true, reason, message)])
     });
+    let of_credential = || writing.said.map(|_| writing.conditions_only(Vec::new()));
     Plan {
-        status,
+        // Sessions that wait to be resumed need the credential, and that goes with the NodeUpdate.
+        is_kept: is_kept && credential::is_needed(update, writing.place),
+        status: status.or_else(of_credential),
         ..Plan::default()
     }
 }

@@ -38,6 +38,7 @@ fn found(place: Place, others: Vec<NodeUpdate>) -> Found {
         place,
         others: others.into_iter().map(Arc::new).collect(),
         pods: None,
+        said: None,
     }
 }
 

@@ -1,8 +1,11 @@
 //! NodeUpdates: before a HostUpdate's may begin, its node is cordoned and drained; when it is over, by
-//! whatever end, the node is uncordoned, unless an administrator had cordoned it.
+//! whatever end, the node is uncordoned, unless an administrator had cordoned it. Where the operator is the credential
+//! provider it keeps what opens the sessions meanwhile.
 
 mod build;
+mod credential;
 mod drain;
+mod secret;
 mod status;
 
 use std::sync::Arc;
@@ -12,17 +15,28 @@ use k8s_openapi::api::core::v1::Node;
 use kube::ResourceExt;
 use kube::runtime::reflector::ObjectRef;
 use serde_json::json;
-use understudy_api::NodeUpdate;
+use understudy_api::conditions::types;
+use understudy_api::{NodeUpdate, NodeUpdatePhase};
 
 use crate::controller::{Again, Context, Reconciler};
 use crate::error::Error;
 use crate::place::CORDONED_FOR;
-use crate::write;
+use crate::write::{self, Note};
 use build::{Cordon, Found, Plan};
+pub use credential::is_needed;
 use drain::Pods;
 
 /// Keeps a NodeUpdate until it has come to its end and its node is uncordoned.
 pub const FINALIZER: &str = "understudy.dev/node-update";
+
+/// Whether it is over and its node is as it was before, so that it holds nothing up. It may stay all the same, for a
+/// session that waits to be resumed.
+pub fn has_given_back_its_node(update: &NodeUpdate) -> bool {
+    let status = update.status.clone().unwrap_or_default();
+    let is_over = status.phase.is_some_and(NodeUpdatePhase::is_terminal);
+    let uncordoned = status::condition(&status, types::UNCORDONED);
+    is_over && uncordoned.is_some_and(|there| there.status == "True")
+}
 
 impl Reconciler for NodeUpdate {
     const NAME: &'static str = "node-update";
@@ -30,12 +44,15 @@ impl Reconciler for NodeUpdate {
 
     async fn reconcile(update: Arc<NodeUpdate>, context: Arc<Context>) -> Result<Again, Error> {
         let mut found = fetch(&update, &context);
+        let task = credential::task(&update, &found.place, build::begins(&update, &found));
+        found.said = secret::perform(task, &update, &found.place, &context).await?;
         if build::drains(&update, &found) {
             found.pods = Some(drain::pass(&update.spec.node_name, &context).await?);
         }
         let plan = build::build(&update, &found, Timestamp::now());
         let again = Again(plan.again);
-        apply(&update, plan, &context).await?;
+        let note = found.said.and_then(|said| said.note);
+        apply(&update, plan, note, &context).await?;
         Ok(again)
     }
 }
@@ -46,10 +63,16 @@ fn fetch(update: &NodeUpdate, context: &Context) -> Found {
         place: context.world.place(node),
         others: context.world.node_updates_of(node),
         pods: None::<Pods>,
+        said: None,
     }
 }
 
-async fn apply(update: &NodeUpdate, plan: Plan, context: &Context) -> Result<(), Error> {
+async fn apply(
+    update: &NodeUpdate,
+    plan: Plan,
+    of_credential: Option<Note>,
+    context: &Context,
+) -> Result<(), Error> {
     let writer = &context.writer;
     // Before anything is done to the node there is something that will undo it.
     if plan.is_kept {
@@ -60,9 +83,10 @@ async fn apply(update: &NodeUpdate, plan: Plan, context: &Context) -> Result<(),
     }
     if let Some(status) = &plan.status
         && writer.status(update, status).await?
-        && let Some(note) = &plan.note
     {
-        writer.note(update, note).await;
+        for note in plan.note.iter().chain(&of_credential) {
+            writer.note(update, note).await;
+        }
     }
     if !plan.is_kept {
         writer.metadata(update, None, &[]).await?;

@@ -7,6 +7,7 @@ use understudy_api::node_update::{NodeUpdateStatus, NodeUpdateTransition};
 use understudy_api::{Condition, NodeUpdate, NodeUpdatePhase, Time};
 
 use super::build::Plan;
+use super::credential::Said;
 use crate::place::{Owned, Place, Refusal};
 use crate::write::diff::{carry, is_claimed, owns};
 use crate::write::{Note, Status};
@@ -24,6 +25,8 @@ pub struct Writing<'a> {
     pub status: &'a NodeUpdateStatus,
     /// Its node.
     pub place: &'a Place,
+    /// What is new of the credential.
+    pub said: Option<&'a Said>,
     /// The time.
     pub now: Timestamp,
 }
@@ -32,8 +35,14 @@ impl Writing<'_> {
     /// The operator's conditions: what is wanted now, and what stays of what it said before.
     fn conditions(&self, wanted: &[Owned]) -> Value {
         let mut all: Vec<Owned> = wanted.to_vec();
-        for kind in [types::CORDONED, types::DRAINED, types::UNCORDONED] {
-            let is_new = wanted.iter().any(|there| there.wanted().kind == kind);
+        all.extend(self.said.map(|said| said.condition.clone()));
+        for kind in [
+            types::CORDONED,
+            types::DRAINED,
+            types::UNCORDONED,
+            types::CREDENTIAL_KEPT,
+        ] {
+            let is_new = all.iter().any(|there| there.wanted().kind == kind);
             if let Some(there) = condition(self.status, kind).filter(|_| !is_new) {
                 all.push(Owned::new(
                     kind,
@@ -57,6 +66,13 @@ impl Writing<'_> {
         let mut fields = Map::from_iter([("conditions".to_owned(), self.conditions(wanted))]);
         if let Some(uid) = self.uid() {
             fields.insert("nodeUID".into(), json!(uid));
+        }
+        let credential = match self.said {
+            Some(said) => &said.credential,
+            None => &self.status.credential,
+        };
+        if let Some(credential) = credential {
+            fields.insert("credential".into(), json!(credential));
         }
         fields
     }

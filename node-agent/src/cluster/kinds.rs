@@ -184,7 +184,7 @@ impl Mirrored for SeamlessReboot {
 impl Mirrored for NodeUpdate {
     const NODE_FIELD: &'static str = "spec.nodeName";
     status_parts!(NodeUpdate);
-    take_assignment!(node_uid);
+    take_assignment!(node_uid, credential);
     phased!(NodeUpdatePhase);
 
     /// Its spec names the node; the operator adds the UID when it has seen the node.

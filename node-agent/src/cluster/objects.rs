@@ -12,6 +12,7 @@ use understudy_api::node_update::Origin;
 use understudy_api::{Guest, HostStatus, HostUpdate, HostUpdateStatus, NodeUpdate, SeamlessReboot};
 
 use super::access::Access;
+use super::link::{Health, health_path};
 use super::released::Released;
 use crate::durable::{self, DurableError};
 use crate::store::{Key, Mirrored, Object, Objects, Store, StoreError};
@@ -144,6 +145,13 @@ impl Objects for Cluster {
 
     fn is_assigned(&self, guest: &Key) -> bool {
         !lock(&self.orphans).contains(&named(Guest::KIND, guest))
+    }
+
+    fn away(&self) -> Option<String> {
+        let path = health_path(&self.state_dir);
+        let health = durable::read_json::<Health>(&path).ok()??;
+        let why = health.message.unwrap_or_default();
+        (!health.connected).then(|| format!("the API server {} does not answer: {why}", health.server))
     }
 
     /// The record that it was released is durable before the object goes: in between, the guest is deleted again,

@@ -9,10 +9,11 @@ use understudy_api::conditions::types::OPERATORS;
 use understudy_api::managers::{AGENT, OPERATOR};
 
 /// Fields of an assigned object's status that the operator writes.
-const ASSIGNMENT: [&str; 2] = ["nodeName", "nodeUID"];
+const ASSIGNMENT: [&str; 3] = ["nodeName", "nodeUID", "credential"];
 /// Of these a change is told at once; of conditions their status, as [`headline`] says.
-const HEADLINES: [&str; 7] = [
+const HEADLINES: [&str; 8] = [
     "phase",
+    "credentialRequest",
     "rebootRequest",
     "incarnation",
     "bootID",

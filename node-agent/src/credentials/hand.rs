@@ -17,7 +17,7 @@ const MEMORY_ONLY: [FsWord; 2] = [0x0102_1994, 0x8584_58f6];
 ///
 /// A tmpfs may be swapped out; a host whose swap is not encrypted gives up the keys of sessions together
 /// with the memory of everything else.
-fn check_memory_only(directory: &Path) -> Result<(), CredentialError> {
+pub(super) fn check_memory_only(directory: &Path) -> Result<(), CredentialError> {
     match statfs(directory) {
         Ok(stat) if MEMORY_ONLY.contains(&stat.f_type) => Ok(()),
         _ => Err(CredentialError::NotInMemory {

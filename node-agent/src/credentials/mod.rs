@@ -3,11 +3,12 @@
 //! Each saved session is sealed with a key of its own. A *credential provider* wraps that key before the
 //! host reboots, and gives it back afterwards: to the same node, for the same guest and checkpoint, in
 //! another boot than the saving one. The wrapped key is a durable record ([`Registry`]); what protects it
-//! (the host's key, a key file) is the provider's. Once a session has been taken up, its record is
+//! (the host's key, a key file, a key that the operator keeps) is the provider's. Once a session has been taken up, its record is
 //! destroyed, and with it the way to read the checkpoint.
 
 mod hand;
 mod key_file;
+mod operator;
 mod registry;
 mod secret;
 mod systemd;
@@ -21,6 +22,7 @@ use crate::durable::DurableError;
 
 pub use hand::HandedKeys;
 pub use key_file::KeyFile;
+pub use operator::Operator;
 pub use registry::Registry;
 pub use secret::Secret;
 pub use systemd::SystemdCreds;
@@ -37,6 +39,9 @@ pub struct Identity {
     pub boot_id: String,
     /// The checkpoint.
     pub checkpoint: Uuid,
+    /// Name of the NodeUpdate for which it is saved. Empty in records of earlier agents, whose providers did not ask.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub node_update: String,
 }
 
 impl Identity {
@@ -58,11 +63,24 @@ pub trait CredentialProvider: Send + Sync {
     /// Whether it can wrap and unwrap now; else why not and what to do. Asked before any guest is paused.
     fn ready(&self) -> Result<(), CredentialError>;
 
+    /// Whether it can wrap the keys of the sessions that are saved for this NodeUpdate.
+    fn ready_for(&self, node_update: &str) -> Result<(), CredentialError> {
+        let _ = node_update;
+        self.ready()
+    }
+
     /// Wraps a key so that only this node can unwrap it, and only for this identity.
     fn wrap(&self, identity: &Identity, key: &Secret) -> Result<String, CredentialError>;
 
     /// The key that was wrapped for this identity.
+    ///
+    /// Who must ask somebody else does not wait: [`CredentialError::Awaited`] until there is an answer.
     fn unwrap(&self, identity: &Identity, wrapped: &str) -> Result<Secret, CredentialError>;
+
+    /// No session of the NodeUpdate of this UID is unwrapped any more.
+    fn forget(&self, node_update: &str) {
+        let _ = node_update;
+    }
 }
 
 /// Why a credential could not be made, registered or used.
@@ -94,6 +112,17 @@ pub enum CredentialError {
         /// Its words.
         why: String,
     },
+    /// It will tell, and has not yet.
+    #[error("waiting for credential provider {provider}: {why}")]
+    Awaited {
+        /// The provider.
+        provider: &'static str,
+        /// For what.
+        why: String,
+    },
+    /// The NodeUpdate could not be read or written.
+    #[error("the NodeUpdate in the node agent's state: {0}")]
+    Objects(String),
     /// It does not give the key back.
     #[error("credential provider {provider} does not give back the key: {why}")]
     Refused {

@@ -11,6 +11,7 @@ fn identity() -> Identity {
         machine_id: "0123456789abcdef0123456789abcdef".into(),
         boot_id: Uuid::new_v4().to_string(),
         checkpoint: Uuid::new_v4(),
+        node_update: "kernel-1".into(),
     }
 }
 
@@ -175,13 +176,15 @@ fn a_registered_key_is_found_again_in_another_boot_until_it_is_destroyed() {
 #[test]
 fn a_provider_that_the_node_does_not_have_is_refused_with_those_it_has() {
     let dir = tempfile::tempdir().unwrap();
-    let registry = Registry::open(dir.path(), &crate::config::Credentials::default());
+    let objects = Arc::new(crate::store::Store::open(dir.path()).unwrap());
+    let operator = Operator::new(objects, dir.path(), "boot");
+    let registry = Registry::open(dir.path(), &crate::config::Credentials::default(), operator);
     let error = registry
         .register(Some("key-file"), &identity(), &Secret::generate().unwrap())
         .unwrap_err()
         .to_string();
     assert!(
-        error.contains("\"key-file\"") && error.contains("systemd-creds"),
+        error.contains("\"key-file\"") && error.contains("systemd-creds, operator"),
         "{error}"
     );
     assert!(!dir.path().join("credentials").exists());

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{CredentialError, CredentialProvider, Identity, KeyFile, Secret, SystemdCreds};
+use super::{CredentialError, CredentialProvider, Identity, KeyFile, Operator, Secret, SystemdCreds};
 use crate::config::Credentials;
 use crate::durable::{self, DurableError};
 
@@ -34,13 +34,14 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// The registry beneath `state_dir`, with the providers that the configuration names.
-    pub fn open(state_dir: &Path, config: &Credentials) -> Registry {
+    /// The registry beneath `state_dir`, with the providers that the configuration names, and the operator.
+    pub fn open(state_dir: &Path, config: &Credentials, operator: Operator) -> Registry {
         let mut providers: Vec<Arc<dyn CredentialProvider>> =
             vec![Arc::new(SystemdCreds::new(&config.systemd_creds))];
         if let Some(path) = &config.key_file {
             providers.push(Arc::new(KeyFile::new(path)));
         }
+        providers.push(Arc::new(operator));
         let default = config.provider.as_str();
         providers.sort_by_key(|provider| provider.name() != default);
         Registry {
@@ -136,6 +137,13 @@ impl Registry {
         }
         self.provider(Some(&record.provider))?
             .unwrap(&identity, &record.wrapped)
+    }
+
+    /// The NodeUpdate of this UID is over: none of its keys is asked for any more.
+    pub fn forget(&self, node_update: &str) {
+        for provider in &self.providers {
+            provider.forget(node_update);
+        }
     }
 
     /// Whether a key is registered for a checkpoint.

@@ -86,6 +86,7 @@ impl CredentialProvider for SystemdCreds {
             machine_id: String::new(),
             boot_id: String::new(),
             checkpoint: uuid::Uuid::nil(),
+            node_update: String::new(),
         };
         let probe = Secret::generate()?;
         let not_ready = |why: String| {

@@ -30,7 +30,13 @@ pub(super) fn session(error: &SessionError, alive: bool) -> EffectError {
 /// A credential's error. What the provider refuses stays refused; what could not be read may be read later.
 pub(super) fn credential(error: &CredentialError) -> EffectError {
     let kind = match error {
-        CredentialError::File(_) | CredentialError::Hand { .. } | CredentialError::Random => ErrorKind::Retry,
+        CredentialError::Awaited { .. } => {
+            return EffectError::new(ErrorKind::Awaited, error.to_string());
+        }
+        CredentialError::File(_)
+        | CredentialError::Objects(_)
+        | CredentialError::Hand { .. }
+        | CredentialError::Random => ErrorKind::Retry,
         _ => ErrorKind::Refused,
     };
     EffectError::new(kind, error.to_string()).because(reasons::CREDENTIAL_UNAVAILABLE)

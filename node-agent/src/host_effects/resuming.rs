@@ -67,6 +67,11 @@ impl HostWorld {
     }
 
     pub(super) fn do_obtain_key(&mut self, session: &Session) -> Effected<()> {
+        // A provider may be waited for as long as it takes: meanwhile the session may be given up.
+        if is_unwanted(&self.node, session)? {
+            let message = "nobody wants the session any more";
+            return Err(EffectError::new(ErrorKind::Refused, message));
+        }
         sessions::obtain_key(&self.node, &session.uid, session.checkpoint)
             .map_err(|error| errors::credential(&error))
     }

@@ -66,7 +66,7 @@ impl HostWorld {
         let ready = sessions
             .credentials
             .provider(provider)
-            .and_then(|provider| provider.ready())
+            .and_then(|provider| provider.ready_for(&update.name))
             .and_then(|()| sessions.keys.check());
         ready.err().map(|error| error.to_string())
     }

@@ -14,6 +14,9 @@ pub enum ErrorKind {
     /// It may work if tried again: a peer that does not answer, a timeout. Whether the effect happened is
     /// unknown.
     Retry,
+    /// Somebody was asked who is not on this host, and has not answered: tried again as long as it takes. Nothing else
+    /// would help, and what waits is kept.
+    Awaited,
     /// Trying again is no use: what was asked was refused.
     Refused,
     /// The guest's VMM is gone: its process ended, or the guest powered off or crashed.
@@ -286,8 +289,9 @@ pub trait Effects {
     fn inspect_checkpoint(&mut self, update: &Update, session: &Session) -> Effected<CheckpointFacts>;
 
     /// Logs on: obtains the session's key from the credential provider and puts it where the VMM reads it.
-    /// `Refused` where the provider says that there is no such key or that it may not give it; `Retry` where
-    /// it does not answer.
+    /// `Refused` where the provider says that there is no such key or that it may not give it, or where nobody wants
+    /// the session any more; `Retry` where it does not answer; `Awaited` where it was asked, and its answer is on the
+    /// way from elsewhere.
     fn obtain_key(&mut self, update: &Update, session: &Session) -> Effected<()>;
 
     /// Starts a VMM that resumes from the checkpoint, with the guest's taps and disks. Where one that came

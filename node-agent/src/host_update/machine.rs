@@ -28,6 +28,8 @@ const VERIFIED_FOR: i64 = 30 * SECOND;
 /// First wait before something is tried again; doubles up to [`LAST_WAIT`].
 const FIRST_WAIT: i64 = SECOND / 20;
 const LAST_WAIT: i64 = 5 * SECOND;
+/// Pause between two looks for an answer that is on its way: guests wait for it.
+const AWAITED_LOOK: i64 = SECOND;
 
 /// An effect to perform; with a number: for the session at that place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -439,22 +441,29 @@ pub(super) fn try_again(
     usual_reason: &str,
     now: Moment,
 ) -> i64 {
-    let earlier = trouble.take();
+    // Who has waited for an answer has not failed meanwhile.
+    let waited = |trouble: &Trouble| trouble.reason == reasons::AWAITING_CREDENTIAL;
+    let earlier = (trouble.take()).filter(|trouble| error.kind == ErrorKind::Awaited || !waited(trouble));
     let count = earlier
         .as_ref()
         .map_or(0, |trouble| trouble.count)
         .saturating_add(1);
+    let last = match error.kind {
+        ErrorKind::Awaited => AWAITED_LOOK,
+        _ => LAST_WAIT,
+    };
     let wait = FIRST_WAIT
         .saturating_mul(1 << count.min(16).saturating_sub(1))
-        .min(LAST_WAIT);
+        .min(last);
     let since = earlier.map_or(now, |trouble| trouble.since);
     *trouble = Some(Trouble {
         since,
         until: now.plus(wait),
         count,
-        reason: match error.reason {
-            "" => usual_reason.to_owned(),
-            reason => reason.to_owned(),
+        reason: match (error.kind, error.reason) {
+            (ErrorKind::Awaited, _) => reasons::AWAITING_CREDENTIAL.to_owned(),
+            (_, "") => usual_reason.to_owned(),
+            (_, reason) => reason.to_owned(),
         },
         message: error.message.clone(),
     });

@@ -309,7 +309,7 @@ fn failed(update: &mut Update, action: Action, index: usize, error: &EffectError
         _ => reasons::STEP_FAILED,
     };
     let lasted = try_again(&mut session.trouble, error, usual, now);
-    if let Action::LookAfter(_) = action {
+    if matches!(action, Action::LookAfter(_)) || error.kind == ErrorKind::Awaited {
         return;
     }
     if error.kind != ErrorKind::Retry || lasted >= SESSION_PATIENCE {

@@ -53,6 +53,9 @@ fn explain(update: &Update) -> (String, String) {
     });
     let own = update.trouble.as_ref().map(|trouble| (None, trouble));
     if let Some((guest, trouble)) = of_sessions.chain([own]).flatten().next() {
+        if trouble.reason == reasons::AWAITING_CREDENTIAL {
+            return (trouble.reason.clone(), trouble.message.clone());
+        }
         let times = trouble.count;
         let whose = guest.map(|guest| format!("{guest}: ")).unwrap_or_default();
         return (

@@ -91,7 +91,10 @@ pub(super) fn finish(node: &Node, update: &Update) {
         return;
     }
     match node.updates.remove(&update.uid) {
-        Ok(()) => node.work.forget(&update.uid),
+        Ok(()) => {
+            node.work.forget(&update.uid);
+            node.sessions.credentials.forget(&update.uid);
+        }
         Err(error) => tracing::error!(update = update.name, %error, "the record of the update stays"),
     }
 }

@@ -11,15 +11,17 @@ mod resume;
 mod save;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use understudy_vmm_control::client::ClientError;
 use uuid::Uuid;
 
 use crate::config::Config;
-use crate::credentials::{CredentialError, HandedKeys, Registry};
+use crate::credentials::{CredentialError, HandedKeys, Operator, Registry};
 use crate::durable::DurableError;
 use crate::host::HostIdentity;
 use crate::node::Node;
+use crate::store::Objects;
 use crate::vmm::Instances;
 
 pub use estimate::{Estimate, estimate, memory_bytes, remember_rate};
@@ -94,10 +96,11 @@ pub enum SessionError {
 
 impl Sessions {
     /// The sessions beneath the configuration's state directory, on a host in a boot.
-    pub fn open(config: &Config, identity: HostIdentity) -> Sessions {
+    pub fn open(config: &Config, identity: HostIdentity, objects: Arc<dyn Objects>) -> Sessions {
+        let operator = Operator::new(objects, &config.run_dir, &identity.boot_id);
         Sessions {
             records: Records::open(&config.state_dir),
-            credentials: Registry::open(&config.state_dir, &config.credentials),
+            credentials: Registry::open(&config.state_dir, &config.credentials, operator),
             keys: HandedKeys::new(&config.run_dir),
             identity,
         }

@@ -86,6 +86,7 @@ pub fn register_key(
         machine_id: sessions.machine_id().to_owned(),
         boot_id: sessions.boot_id().to_owned(),
         checkpoint,
+        node_update: node_update.to_owned(),
     };
     sessions.records.put(&Record {
         version: VERSION,

@@ -28,6 +28,11 @@ pub trait Objects: Send + Sync {
         true
     }
 
+    /// Why whoever assigns objects to this node cannot be asked now; `None` where it can.
+    fn away(&self) -> Option<String> {
+        None
+    }
+
     /// All guests of this node.
     fn guests(&self) -> Vec<Guest> {
         self.store().list()

@@ -189,7 +189,7 @@ impl Drop for Agents {
 
 /// One heartbeat.
 async fn beat(client: &Client, name: &str, machine: &Machine) -> kube::Result<()> {
-    let mut status = json!({"observedGeneration": 1, "nodeUID": machine.uid, "bootID": machine.boot_id,
+    let mut status = json!({"observedGeneration": 1, "nodeUID": machine.uid, "machineID": machine.uid, "bootID": machine.boot_id,
         "bootedAt": machine.booted_at.to_string(), "kernelRelease": machine.kernel, "agentVersion": "0.1.0",
         "heartbeat": Timestamp::now().to_string()});
     if let Some(request) = &machine.request {

@@ -214,6 +214,11 @@ fn what_the_policy_refuses() -> Vec<(Request, &'static str)> {
             "assignment to a node is the operator's",
         ),
         (
+            Request::ours("patch", "nodeupdates/status", Some("web-alpha"))
+                .with(json!({"status": {"observedGeneration": 1, "credential": {"publicKey": "own"}}})),
+            "the credential is the operator's",
+        ),
+        (
             Request::ours("create", "hosts", Some("gamma")).with(json!({"spec": {}})),
             "its own Host only",
         ),

@@ -16,6 +16,7 @@ mod link_server;
 mod operator;
 mod operator_assign;
 mod operator_bed;
+mod operator_credential;
 mod operator_lead;
 mod operator_prometheus;
 mod operator_rollout;

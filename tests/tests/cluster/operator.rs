@@ -13,7 +13,7 @@ use understudy_tests::operator::{Installed, USER};
 
 use crate::chart_rights::{NAMESPACE, rights};
 use crate::operator_bed::{Bed, OPERATOR, Scenario};
-use crate::{operator_assign, operator_rollout};
+use crate::{operator_assign, operator_credential, operator_rollout};
 
 /// Rights that no scenario here uses, and why the operator has them.
 const UNUSED: &[(&str, &str, &str)] = &[
@@ -28,7 +28,12 @@ pub fn operator_does_its_work_with_the_charts_rights_and_uses_each(context: &Con
     operator.wait_until_it_leads()?;
     context.say("an operator leads");
     let wanted = std::env::var("UNDERSTUDY_SCENARIO").unwrap_or_default();
-    let all = [operator_assign::SCENARIOS, operator_rollout::SCENARIOS].concat();
+    let all = [
+        operator_assign::SCENARIOS,
+        operator_rollout::SCENARIOS,
+        operator_credential::SCENARIOS,
+    ]
+    .concat();
     let chosen: Vec<Scenario> = all
         .into_iter()
         .filter(|(name, _)| name.contains(&wanted))

@@ -57,7 +57,9 @@ impl Bed {
     pub fn api(&self, kind: &str, namespace: &str) -> Api<DynamicObject> {
         let namespace = (!namespace.is_empty()).then_some(namespace);
         match kind {
-            "Node" | "Pod" | "Namespace" | "ServiceAccount" => api(&self.admin, "v1", kind, namespace),
+            "Node" | "Pod" | "Namespace" | "Secret" | "ServiceAccount" => {
+                api(&self.admin, "v1", kind, namespace)
+            }
             "PodDisruptionBudget" => api(&self.admin, "policy/v1", kind, namespace),
             "Event" => api(&self.admin, "events.k8s.io/v1", kind, namespace),
             "Lease" => api(&self.admin, "coordination.k8s.io/v1", kind, namespace),

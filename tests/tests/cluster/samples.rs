@@ -46,7 +46,8 @@ pub fn good(kind: Kind, name: &str) -> Value {
                 "nodeName": "node-a", "origin": "HostUpdate", "reason": "a newer kernel",
                 "hostUpdate": {"name": "kernel", "uid": "6f2c", "generation": 1},
             })),
-            json!({"phase": "Failed"}),
+            json!({"phase": "Failed", "credential": {"publicKey": "k",
+                "release": {"bootID": "b", "publicKey": "p", "sealedCredential": "s", "count": 1}}}),
         ),
         Kind::Host => (json!({}), json!({})),
     };

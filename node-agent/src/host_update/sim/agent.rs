@@ -266,7 +266,8 @@ impl Effects for World {
     fn register_key(&mut self, _: &Update, session: &Session) -> Effected<()> {
         let checkpoint = session.checkpoint;
         self.perform(move |world| {
-            if world.provider_silent {
+            // Who seals to the operator's public key has it already.
+            if world.provider_silent && !world.operator.is_provider {
                 return retry("the provider does not answer");
             }
             world.keys += 1;
@@ -469,7 +470,9 @@ impl Effects for World {
         let index = self.index(session);
         let checkpoint = session.checkpoint;
         self.perform(move |world| {
-            if world.provider_silent {
+            if world.operator.is_provider {
+                world.ask_operator()?;
+            } else if world.provider_silent {
                 return retry("the provider does not answer");
             }
             match world.provider.get(&checkpoint).copied() {

@@ -45,7 +45,7 @@ fn one_host_seed() {
 
 #[test]
 fn a_crash_of_the_agent_at_any_point_costs_no_session() {
-    for base in [Scenario::quiet, Scenario::forced] {
+    for base in [Scenario::quiet, Scenario::forced, Scenario::kept_by_operator] {
         for seed in 0..3 {
             let points = play_or_tell(&base(seed)).crash_points;
             assert!(points > 40, "only {points} crash points");
@@ -103,7 +103,7 @@ fn every_fault_at_any_time_is_survived() {
         Fault::HostCallsOff,
     ] {
         for step in 0..120 {
-            for base in [Scenario::quiet, Scenario::forced] {
+            for base in [Scenario::quiet, Scenario::forced, Scenario::kept_by_operator] {
                 let mut scenario = base(step);
                 let at = i64::try_from(step).unwrap() * 250 * MS;
                 scenario.faults = vec![
@@ -121,11 +121,13 @@ fn every_fault_at_any_time_is_survived() {
 fn power_lost_twice_costs_nothing_that_was_acknowledged() {
     for first in 0..50 {
         for second in 0..10 {
-            let mut scenario = Scenario::quiet(first);
-            let at = i64::try_from(first).unwrap() * 400 * MS;
-            let again = at + SECOND + i64::from(second) * 5 * SECOND;
-            scenario.faults = vec![(at, Fault::PowerLost), (again, Fault::PowerLost)];
-            play_or_tell(&scenario);
+            for base in [Scenario::quiet, Scenario::kept_by_operator] {
+                let mut scenario = base(first);
+                let at = i64::try_from(first).unwrap() * 400 * MS;
+                let again = at + SECOND + i64::from(second) * 5 * SECOND;
+                scenario.faults = vec![(at, Fault::PowerLost), (again, Fault::PowerLost)];
+                play_or_tell(&scenario);
+            }
         }
     }
 }

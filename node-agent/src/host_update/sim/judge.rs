@@ -44,6 +44,13 @@ pub fn judge(scenario: &Scenario, world: &World, update: &Update) {
     }
     nothing_is_left(scenario, world, update);
     in_order(world);
+    let mut boots: Vec<u32> = world.operator.releases.iter().map(|(boot, _)| *boot).collect();
+    boots.dedup();
+    assert_eq!(
+        boots.len(),
+        world.operator.releases.len(),
+        "the credential was released twice in one boot"
+    );
     let untouched = scenario.crash_at.is_empty()
         && scenario.faults.is_empty()
         && scenario.trouble == 0
@@ -114,7 +121,10 @@ fn has_rebooted(
     };
     match guest.resume_fate {
         ResumeFate::Good if state == Some(SessionState::Kept) => {
-            let excuses = [reasons::CREDENTIAL_UNAVAILABLE, reasons::STEP_FAILED];
+            // An operator that is away is waited for.
+            let unavailable = !scenario.operator || scenario.trouble > 0;
+            let excuses = [reasons::STEP_FAILED, reasons::CREDENTIAL_UNAVAILABLE];
+            let excuses = &excuses[..1 + usize::from(unavailable)];
             let trouble = scenario.trouble > 0 || !scenario.faults.is_empty();
             assert!(trouble && excuses.contains(&reason), "{told}: it could go on");
             assert!(

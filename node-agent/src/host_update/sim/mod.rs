@@ -16,6 +16,7 @@ mod agent;
 mod crashes;
 mod judge;
 mod mutations;
+mod operator;
 mod scenario;
 mod stories;
 mod world;

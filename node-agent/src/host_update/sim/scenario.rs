@@ -39,6 +39,8 @@ pub struct Scenario {
     pub slow_reboots: bool,
     pub command_fate: CommandFate,
     pub provider_missing: bool,
+    /// Whether the operator is the credential provider.
+    pub operator: bool,
     pub operations: Vec<(Phase, i64)>,
     /// How long a host that goes down by itself waits.
     pub waits: i64,
@@ -61,6 +63,7 @@ impl Scenario {
             slow_reboots: false,
             command_fate: CommandFate::Good,
             provider_missing: false,
+            operator: false,
             operations: Vec::new(),
             waits: 60 * SECOND,
             mutation: None,
@@ -71,6 +74,13 @@ impl Scenario {
     pub fn forced(seed: u64) -> Scenario {
         let mut scenario = Scenario::quiet(seed);
         scenario.origin = Origin::Host;
+        scenario
+    }
+
+    /// The operator keeps the credential.
+    pub fn kept_by_operator(seed: u64) -> Scenario {
+        let mut scenario = Scenario::quiet(seed);
+        scenario.operator = true;
         scenario
     }
 
@@ -114,6 +124,8 @@ impl Scenario {
             _ => CommandFate::Good,
         };
         scenario.provider_missing = rng.chance(30);
+        // Apart from the other draws: seeds that were kept stay what they were, but for this.
+        scenario.operator = scenario.origin == Origin::HostUpdate && seed.is_multiple_of(3);
         for _ in 0..rng.below(3) {
             let phase = Phase::ALL[rng.below(6)];
             scenario.operations.push((phase, rng.range(SECOND, 20 * SECOND)));
@@ -240,6 +252,7 @@ pub fn play(scenario: &Scenario) -> Ended {
     world.slow_reboots = scenario.slow_reboots;
     world.command_fate = scenario.command_fate;
     world.provider_missing = scenario.provider_missing;
+    world.operator.is_provider = scenario.operator;
     for (index, guest) in world.guests.iter_mut().enumerate() {
         guest.save_fate = scenario.save_fates.get(index).copied().unwrap_or(SaveFate::Good);
         guest.resume_fate = scenario

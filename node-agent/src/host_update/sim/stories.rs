@@ -160,6 +160,27 @@ fn a_missing_provider_is_told_before_any_guest_is_paused() {
 }
 
 #[test]
+fn an_operator_that_is_away_when_the_host_is_back_is_waited_for_however_long() {
+    for seed in 0..10 {
+        let mut scenario = Scenario::kept_by_operator(seed);
+        let hours = 3 * 3600 * SECOND;
+        scenario.faults = vec![
+            (0, Fault::ProviderSilent(true)),
+            (hours, Fault::ProviderSilent(false)),
+        ];
+        let ended = play(&scenario);
+        assert_eq!(
+            ended.verdict.phase,
+            NodeUpdatePhase::Resumed,
+            "{:?}",
+            ended.verdict
+        );
+        assert!(ended.world.now > hours);
+        assert_eq!(ended.world.operator.releases.len(), 1);
+    }
+}
+
+#[test]
 fn a_host_that_does_not_go_down_lets_its_guests_run_on() {
     for fate in [RebootFate::Never, RebootFate::Refused] {
         let mut scenario = Scenario::quiet(5);

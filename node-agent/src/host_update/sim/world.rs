@@ -13,6 +13,7 @@ use super::super::hold::hold;
 use super::super::quiesce::InFlight;
 use super::super::record::{Step, Update};
 use super::mutations::Mutation;
+use super::operator::Operator;
 use crate::handover::sim::rng::Rng;
 
 pub const MS: i64 = 1000;
@@ -229,6 +230,10 @@ pub struct World {
     pub provider: BTreeMap<Uuid, u64>,
     pub provider_silent: bool,
     pub provider_missing: bool,
+    /// The operator, which is the provider in some worlds.
+    pub operator: Operator,
+    /// The key by which this boot asks it, in `/run`; and the agent that made it.
+    pub request_key: Option<(u64, i64)>,
     /// Keys in `/run`.
     pub run: BTreeMap<Uuid, u64>,
     pub keys: u64,
@@ -267,6 +272,8 @@ impl World {
             provider: BTreeMap::new(),
             provider_silent: false,
             provider_missing: false,
+            operator: Operator::default(),
+            request_key: None,
             run: BTreeMap::new(),
             keys: 0,
             going_down: None,
@@ -366,6 +373,7 @@ impl World {
             }
             self.happen();
             self.check();
+            self.let_operator_look();
         }
     }
 
@@ -528,6 +536,7 @@ impl World {
             }
         }
         self.run.clear();
+        self.request_key = None;
         self.going_down = None;
         self.quiesced = false;
         self.operations.clear();
