@@ -19,16 +19,16 @@ use crate::guest::GUEST;
 use crate::handover::{OFTEN, QUIET, REBOOT_LIMIT, reboot};
 
 /// Where the chart is installed.
-const NAMESPACE: &str = "understudy";
+pub const NAMESPACE: &str = "understudy";
 /// The Node's name.
-const NODE: &str = "node";
-const BOOT_LIMIT: Duration = Duration::from_secs(480);
-const POLL: Duration = Duration::from_millis(500);
+pub const NODE: &str = "node";
+pub const BOOT_LIMIT: Duration = Duration::from_secs(480);
+pub const POLL: Duration = Duration::from_millis(500);
 /// Until a controller or an agent has done what it does at once.
-const SOON: Duration = Duration::from_secs(60);
+pub const SOON: Duration = Duration::from_secs(60);
 
 /// The operator as a process; it ends with this.
-struct Operator {
+pub struct Operator {
     command: Command,
     process: Child,
 }
@@ -40,7 +40,7 @@ impl Operator {
     }
 
     /// Starts it again where it has ended, as a kubelet does: one that cannot renew its lease ends.
-    fn restart_where_ended(&mut self) -> Result<()> {
+    pub fn restart_where_ended(&mut self) -> Result<()> {
         if self
             .process
             .try_wait()
@@ -61,14 +61,16 @@ impl Drop for Operator {
 }
 
 /// The cluster of one test.
-struct Cluster {
-    plane: ControlPlane,
-    operator: Operator,
+pub struct Cluster {
+    /// The control plane.
+    pub plane: ControlPlane,
+    /// The operator.
+    pub operator: Operator,
 }
 
 impl Cluster {
     /// API server, chart, Node and operator.
-    fn start(context: &Context) -> Result<Cluster> {
+    pub fn start(context: &Context) -> Result<Cluster> {
         let dir = repository().join("target/e2e/cluster");
         if dir.exists() {
             // What a run left that was killed.
@@ -118,7 +120,7 @@ impl Cluster {
     }
 
     /// What the agent's Pod would put on its host.
-    fn access(&self) -> Result<Value> {
+    pub fn access(&self) -> Result<Value> {
         let ca = self.plane.authority()?.certificate().certificate;
         let node = self.plane.get(&["node", NODE])?;
         Ok(json!({

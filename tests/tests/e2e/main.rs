@@ -5,6 +5,7 @@
 //! what `make` sets.
 
 mod cluster;
+mod cluster_update;
 mod guest;
 mod handover;
 mod host;
@@ -93,6 +94,10 @@ const LONG: &[Test] = &[
     (
         "a_power_cut_loses_only_sessions_that_were_not_saved",
         host_failures::a_power_cut_loses_only_sessions_that_were_not_saved,
+    ),
+    (
+        "a_host_update_resumes_with_the_credential_that_the_operator_keeps",
+        cluster_update::a_host_update_resumes_with_the_credential_that_the_operator_keeps,
     ),
     (
         "a_host_update_takes_one_node_of_a_cluster_after_the_other",
