@@ -28,8 +28,15 @@ fn good(kind: Kind) -> Value {
                 "guestName": "web", "reason": "a newer kernel",
                 "expect": {"kernelRelease": "6.1.0-50-cloud-amd64"},
                 "services": {"hold": ["cron.service"], "stop": ["db@1.service"]},
-                "cutover": {"maxPause": "10s"}, "retainDormantFor": "10m",
-                "timeouts": {"pending": "1m", "cloning": "1m", "rebooting": "1m30s", "integrating": "1h"},
+                "cutover": {
+                    "mode": "Manual", "maxPause": "10s",
+                    "window": {"timeZone": "Europe/Berlin", "days": ["Friday"], "start": "22:00", "end": "04:00"},
+                },
+                "retainDormantFor": "10m", "action": {"type": "Rollback", "changes": "Discard"},
+                "timeouts": {
+                    "pending": "1m", "cloning": "1m", "rebooting": "1m30s", "integrating": "1h",
+                    "awaitingCutover": "8h",
+                },
             },
             "status": {"observedGeneration": 1, "phase": "Integrating"},
         }),
@@ -149,6 +156,10 @@ fn changes(kind: Kind) -> Vec<(&'static str, Value)> {
             "/spec/timeouts/cloning",
             "/spec/timeouts/rebooting",
             "/spec/timeouts/integrating",
+            "/spec/timeouts/awaitingCutover",
+            "/spec/cutover/window/timeZone",
+            "/spec/cutover/window/start",
+            "/spec/cutover/window/end",
         ],
         Kind::HostUpdate => &[
             "/spec/returnTimeout",
@@ -199,6 +210,14 @@ fn changes(kind: Kind) -> Vec<(&'static str, Value)> {
             ("/spec/expect", json!({})),
             ("/spec/expect", json!({"bootedAfter": "2026-11-22T18:00:00Z"})),
             ("/status/phase", json!("Failed")),
+            ("/status/phase", json!("Succeeded")),
+            ("/status/phase", json!("RolledBack")),
+            ("/spec/action", json!({"type": "Proceed"})),
+            ("/spec/action", json!({"type": "Rollback"})),
+            ("/spec/action", json!({"type": "Abort", "changes": "Discard"})),
+            ("/spec/cutover/mode", json!("Rehearse")),
+            ("/spec/cutover/mode", json!("Automatic")),
+            ("/spec/cutover", json!({})),
         ]),
         Kind::HostUpdate => {
             for value in [json!(0), json!(1), json!(9999), json!(10_000), json!(-1)] {

@@ -39,7 +39,10 @@ static SEAMLESS_REBOOT: LazyLock<Definition> = LazyLock::new(|| {
     define(
         rules::seamless_reboot(),
         &SeamlessReboot::crd(),
-        &[("status.phaseTransitions", None)],
+        &[
+            ("status.phaseTransitions", None),
+            ("spec.cutover.window.days", None),
+        ],
     )
 });
 static HOST_UPDATE: LazyLock<Definition> = LazyLock::new(|| {

@@ -160,20 +160,28 @@ pub fn guest() -> Vec<Rule> {
 pub fn seamless_reboot() -> Vec<Rule> {
     let mut rules = vec![
         name_of_object(),
-        change(
-            "spec",
-            "self == oldSelf",
-            |old, new| old == new,
-            "cannot be changed: a SeamlessReboot runs once; make another one under another name",
-        ),
+        all_but_action_stays(),
         change(
             "status",
-            "!has(oldSelf.phase) || !(oldSelf.phase in ['Succeeded', 'Failed', 'Aborted']) || (has(self.phase) && self.phase == oldSelf.phase)",
+            "!has(oldSelf.phase) || !(oldSelf.phase in ['Succeeded', 'RolledBack', 'Failed', 'Aborted']) || (has(self.phase) && (self.phase == oldSelf.phase || (oldSelf.phase == 'Succeeded' && self.phase == 'RolledBack')))",
             |old, new| {
-                !["Succeeded", "Failed", "Aborted"].contains(&str(&old["phase"]))
+                !["Succeeded", "RolledBack", "Failed", "Aborted"].contains(&str(&old["phase"]))
                     || old["phase"] == new["phase"]
+                    || (old["phase"] == "Succeeded" && new["phase"] == "RolledBack")
             },
             "phase cannot be changed any more: the reboot is finished",
+        ),
+        value(
+            "spec.action",
+            "has(self.changes) == (self.type == 'Rollback')",
+            |action| has(action, "changes") == (action["type"] == "Rollback"),
+            "must say 'changes: Discard' for the type Rollback, and only for it: what the guest has changed since the cutover is lost by it",
+        ),
+        value(
+            "spec.cutover",
+            "!has(self.window) || !has(self.mode) || self.mode != 'Rehearse'",
+            |cutover| !has(cutover, "window") || cutover["mode"] != "Rehearse",
+            "must not have a window in the mode Rehearse, which cuts over never",
         ),
         matches(
             "spec.guestName",
@@ -185,6 +193,11 @@ pub fn seamless_reboot() -> Vec<Rule> {
     ];
     rules.extend(expectation(
         "must be a kernel release as 'uname -r' prints it, such as 6.1.0-50-cloud-amd64",
+    ));
+    rules.extend(window(
+        "spec.cutover.window.start",
+        "spec.cutover.window.end",
+        "spec.cutover.window.timeZone",
     ));
     for path in ["spec.services.hold[]", "spec.services.stop[]"] {
         rules.push(matches(
@@ -201,6 +214,7 @@ pub fn seamless_reboot() -> Vec<Rule> {
         ("spec.timeouts.cloning", "1s", "24h"),
         ("spec.timeouts.rebooting", "1s", "24h"),
         ("spec.timeouts.integrating", "1s", "24h"),
+        ("spec.timeouts.awaitingCutover", "1s", "24h"),
     ] {
         rules.push(matches(
             path,
@@ -245,14 +259,10 @@ pub fn host_update() -> Vec<Rule> {
         "must be a duration such as 500ms, 30s or 1h30m",
     ));
     rules.push(between("spec.returnTimeout", "1m", "24h"));
-    for path in ["spec.window.start", "spec.window.end"] {
-        rules.push(matches(path, TIME, 5, "must be a time of day such as 22:00"));
-    }
-    rules.push(matches(
+    rules.extend(window(
+        "spec.window.start",
+        "spec.window.end",
         "spec.window.timeZone",
-        TIME_ZONE,
-        64,
-        "must be the name of a time zone, such as Europe/Berlin",
     ));
     rules.push(matches(
         "spec.blockers[].name",
@@ -375,6 +385,49 @@ fn how_to_update() -> Vec<Rule> {
     rules
 }
 
+/// Fields of a SeamlessReboot's spec that stay as they were made: all but `action`.
+const FIXED: [&str; 9] = [
+    "guestName",
+    "reason",
+    "expect",
+    "services",
+    "capture",
+    "cutover",
+    "timeouts",
+    "retainDormantFor",
+    "ttlSecondsAfterFinished",
+];
+
+/// CEL has no word for an object without one of its fields, so that each of the others is named.
+fn all_but_action_stays() -> Rule {
+    let stays = FIXED.map(|field| {
+        format!(
+            "has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})"
+        )
+    });
+    change(
+        "spec",
+        &stays.join(" && "),
+        |old, new| FIXED.iter().all(|field| old.get(field) == new.get(field)),
+        "cannot be changed but for its action: a SeamlessReboot runs once; make another one under another name",
+    )
+}
+
+/// What a window may say.
+fn window(start: &'static str, end: &'static str, time_zone: &'static str) -> Vec<Rule> {
+    let time = |path| matches(path, TIME, 5, "must be a time of day such as 22:00");
+    vec![
+        time(start),
+        time(end),
+        matches(
+            time_zone,
+            TIME_ZONE,
+            64,
+            "must be the name of a time zone, such as Europe/Berlin",
+        ),
+    ]
+}
+
 /// What `expect` may say.
 fn expectation(release: &str) -> [Rule; 2] {
     [
@@ -477,6 +530,18 @@ fn str(value: &Value) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_field_of_a_reboot_but_its_action_stays() {
+        let schema = crate::crd::Kind::SeamlessReboot.schema();
+        let fields = schema["properties"]["spec"]["properties"].as_object().unwrap();
+        let mut fields: Vec<&str> = fields.keys().map(String::as_str).collect();
+        fields.retain(|field| *field != "action");
+        let mut fixed = FIXED;
+        fixed.sort_unstable();
+        fields.sort_unstable();
+        assert_eq!(fields, fixed);
+    }
 
     #[test]
     fn every_pattern_compiles_and_needs_no_escape_in_cel() {

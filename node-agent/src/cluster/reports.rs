@@ -11,8 +11,9 @@ use understudy_api::managers::{AGENT, OPERATOR};
 /// Fields of an assigned object's status that the operator writes.
 const ASSIGNMENT: [&str; 2] = ["nodeName", "nodeUID"];
 /// Of these a change is told at once; of conditions their status, as [`headline`] says.
-const HEADLINES: [&str; 7] = [
+const HEADLINES: [&str; 8] = [
     "phase",
+    "action",
     "rebootRequest",
     "incarnation",
     "bootID",

@@ -15,7 +15,7 @@ use crate::host;
 use crate::network::ensure_tap;
 use crate::vmm::Instance;
 
-fn retry(error: impl std::fmt::Display) -> EffectError {
+pub(super) fn retry(error: impl std::fmt::Display) -> EffectError {
     EffectError::new(ErrorKind::Retry, error.to_string())
 }
 
@@ -118,13 +118,19 @@ impl World {
             self.node.instances.remove(&instance).map_err(retry)?;
         }
         self.remove_network_facts(operation, &resolved.uid);
+        if operation.rollback.is_some() {
+            self.node
+                .records
+                .set_dormant(&resolved.uid, None)
+                .map_err(retry)?;
+        }
         Ok(())
     }
 
     pub(super) fn do_cold_boot(&mut self, operation: &Operation) -> Effected<()> {
         let (_, resolved) = self.resolved()?;
         let owner = self.owner(&resolved)?;
-        let beyond = owner.incarnation > operation.clone_incarnation();
+        let beyond = owner.epoch > operation.last_epoch();
         if beyond
             && self
                 .node
@@ -153,6 +159,7 @@ impl World {
         }
         let dormant = Dormant {
             incarnation,
+            operation: Some(operation.uid.clone()),
             layer: operation.guest_layer,
             deadline: Timestamp::from_microsecond(deadline.unix_us).unwrap_or(Timestamp::UNIX_EPOCH),
         };
@@ -194,7 +201,7 @@ impl World {
 }
 
 /// When the first frame went out to the taps, as the clone's VMM noted it: the end of the interruption.
-fn first_frame(instance: &Instance) -> Option<Moment> {
+pub(super) fn first_frame(instance: &Instance) -> Option<Moment> {
     let info = instance.client().info().ok()?;
     let sent = info
         .interfaces

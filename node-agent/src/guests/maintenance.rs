@@ -74,6 +74,10 @@ pub fn remove_dormant(
     owner: Option<&Owner>,
     dormant: &Dormant,
 ) -> Result<(), RemoveError> {
+    if owner.and_then(|owner| owner.layer) == Some(dormant.layer) {
+        // A rollback made it the guest again: only the record is out of date.
+        return Ok(node.records.set_dormant(&guest.uid, None)?);
+    }
     tracing::info!(guest = %guest.key, incarnation = dormant.incarnation, "removing the dormant incarnation");
     let instance = node.instances.get(&guest.uid, dormant.incarnation);
     if let Some(instance) = &instance {

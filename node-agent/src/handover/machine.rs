@@ -4,9 +4,11 @@ use understudy_api::Phase;
 use understudy_api::conditions::reasons;
 
 use super::effects::{
-    Activation, CloneBoot, EffectError, Effected, ErrorKind, Preflight, Round, Sealed, SplitOutcome,
+    Activation, Asked, CloneBoot, Dormancy, EffectError, Effected, ErrorKind, Preflight, Round, Sealed,
+    SplitOutcome,
 };
 use super::record::{Moment, Operation, Step, TakenBack, Trouble, Verdict};
+use super::{approval, rollback};
 use understudy_vmm_control::owner::Owner;
 
 /// Most rounds of integration before a cutover is tried whatever they cost.
@@ -73,6 +75,12 @@ pub enum Outcome {
     Owner(Owner),
     /// Of [`Step::ActivateAgent`].
     Activation(Activation),
+    /// Of [`Step::FindDormant`].
+    Dormancy(Dormancy),
+    /// Of [`Step::HoldClone`]: block writes completed by then.
+    Held(u64),
+    /// Of [`Step::Reinstate`]: when the first frame went out.
+    Reinstated(Option<Moment>),
 }
 
 /// What to do with a record.
@@ -85,6 +93,10 @@ pub fn next(operation: &Operation, now: Moment) -> Decision {
     {
         return Decision::Wait { until: trouble.until };
     }
+    if operation.step == Step::AwaitCutover {
+        let until = approval::next_look(operation, now);
+        return Decision::Wait { until };
+    }
     Decision::Perform {
         durable: is_recorded(operation.step),
     }
@@ -94,7 +106,8 @@ pub fn next(operation: &Operation, now: Moment) -> Decision {
 ///
 /// While the guest is held, the record on disk says `HoldIngress`, which recovery takes back; and after the
 /// commit it says `Commit`, where recovery asks `owner.json`. Taking back is not recorded either, so that
-/// the guest waits for no disk; what cannot be done twice with the same outcome (killing the clone) is.
+/// the guest waits for no disk; what cannot be done twice with the same outcome (killing the clone) is. A
+/// rollback says `HoldClone` until the guest serves again.
 fn is_recorded(step: Step) -> bool {
     !(step.is_held() && step != Step::HoldIngress
         || matches!(
@@ -105,7 +118,29 @@ fn is_recorded(step: Step) -> bool {
                 | Step::Release
                 | Step::ReadOwner
                 | Step::ThawUserland
+                | Step::CommitBack
+                | Step::ActivateGuest
+                | Step::Reinstate
+                | Step::ReleaseClone
         ))
+}
+
+/// What becomes of an operation whose record cannot be written before a step; `None`: it is finished without.
+pub fn without_record(operation: &Operation, now: Moment) -> Option<Operation> {
+    const MESSAGE: &str = "the journal could not be written; see the node agent's log";
+    let mut operation = operation.clone();
+    if operation.step.is_forward() {
+        begin_undo(
+            &mut operation,
+            Verdict::failed(reasons::STEP_FAILED, MESSAGE),
+            now,
+        );
+    } else if operation.step == Step::HoldClone {
+        rollback::refuse(&mut operation, MESSAGE.to_owned(), now);
+    } else {
+        return None;
+    }
+    Some(operation)
 }
 
 /// What a restarted agent makes of a record that it finds.
@@ -120,11 +155,20 @@ pub fn resume(mut operation: Operation, now: Moment) -> Operation {
             "the node agent was restarted during the cutover".to_owned(),
         );
     }
+    if matches!(operation.step, Step::HoldClone | Step::CommitBack) {
+        let message = "the node agent was restarted during the rollback".to_owned();
+        rollback::take_back(&mut operation, message);
+    }
     operation
 }
 
-/// Looks at the clock and at whether an abort was asked for, before each step.
-pub fn interrupt(mut operation: Operation, abort: Option<String>, now: Moment) -> Operation {
+/// Looks at the clock and at what was asked for, before each step.
+pub fn interrupt(mut operation: Operation, asked: Asked, now: Moment) -> Operation {
+    if operation.rollback.is_some() {
+        // It is short, and asked for by the last word that a user has.
+        return operation;
+    }
+    let abort = approval::latch(&mut operation, asked, now);
     let taking_back = matches!(
         operation.step,
         Step::Release | Step::ReadOwner | Step::ThawUserland
@@ -154,14 +198,23 @@ pub fn interrupt(mut operation: Operation, abort: Option<String>, now: Moment) -
         }
         return operation;
     }
+    if operation.step == Step::AwaitCutover {
+        approval::look(&mut operation, now);
+        return operation;
+    }
     let plan = &operation.plan;
-    let (field, limit) = match operation.phase() {
-        Phase::Pending => ("pending", plan.pending),
-        Phase::Confirmed | Phase::Cloning => ("cloning", plan.cloning),
-        Phase::Rebooting => ("rebooting", plan.rebooting),
+    let mut since = operation.phase_since();
+    let (field, limit) = match (operation.phase(), operation.cleared_at) {
+        (Phase::Pending, _) => ("pending", plan.pending),
+        (Phase::Confirmed | Phase::Cloning, _) => ("cloning", plan.cloning),
+        (Phase::Rebooting, _) => ("rebooting", plan.rebooting),
+        (Phase::AwaitingCutover, None) => ("awaitingCutover", plan.awaiting_cutover),
+        (Phase::AwaitingCutover, Some(cleared)) => {
+            since = cleared;
+            ("integrating", plan.integrating)
+        }
         _ => ("integrating", plan.integrating),
     };
-    let since = operation.phase_since();
     if now.since(since) >= limit {
         let what = operation
             .trouble
@@ -224,10 +277,7 @@ fn succeeded(operation: &mut Operation, outcome: Outcome, started: Moment, now: 
         (Step::Integrate, Outcome::Round(round)) => {
             integrated(operation, round, now.since(started));
             if fits(operation) {
-                operation.enter(Phase::CuttingOver, now);
-                (operation.held_at, operation.sealed_at) = (None, None);
-                operation.repeats = 0;
-                operation.step = Step::HoldIngress;
+                approval::integrated(operation, now);
             }
         }
         (Step::HoldIngress, _) => {
@@ -261,13 +311,18 @@ fn succeeded(operation: &mut Operation, outcome: Outcome, started: Moment, now: 
         }
         (Step::ActivateClone, _) => operation.step = Step::ActivateAgent,
         (Step::ActivateAgent, Outcome::Activation(activation)) => activated(operation, activation, now),
+        (Step::ColdBoot, _) if operation.rollback.is_some() => operation.step = Step::KillClone,
         (Step::ColdBoot, _) => operation.step = Step::Retire,
         (Step::Retire, _) => retired(operation, now),
         (Step::Release, _) => operation.step = Step::ReadOwner,
+        (Step::ReadOwner, Outcome::Owner(owner)) if operation.rollback.is_some() => {
+            rollback::asked_owner(operation, &owner, now);
+        }
         (Step::ReadOwner, Outcome::Owner(owner)) => {
             if operation.is_owned_by_clone(&owner) {
                 // An abort or an error that came too late: the clone is the guest.
                 operation.undo = None;
+                approval::refuse_abort(operation);
                 go_forward(operation, now);
             } else if operation.guest_gone {
                 operation.step = Step::KillClone;
@@ -280,6 +335,14 @@ fn succeeded(operation: &mut Operation, outcome: Outcome, started: Moment, now: 
         (Step::EndCapture, _) => operation.step = Step::KillClone,
         (Step::KillClone, _) => operation.step = Step::DiscardClone,
         (Step::DiscardClone, _) => undone(operation, now),
+        (Step::FindDormant, Outcome::Dormancy(dormancy)) => rollback::found(operation, &dormancy),
+        (Step::HoldClone, Outcome::Held(block_writes)) => rollback::held(operation, block_writes, started),
+        (Step::CommitBack, _) => rollback::committed(operation),
+        (Step::ActivateGuest, _) => operation.step = Step::Reinstate,
+        (Step::Reinstate, Outcome::Reinstated(first_frame)) => {
+            rollback::reinstated(operation, first_frame, now);
+        }
+        (Step::ReleaseClone, _) => operation.step = Step::ReadOwner,
         (step, outcome) => {
             let message = format!("step {step:?} brought {outcome:?}, which is a defect of the node agent");
             super::trouble::failed(operation, &EffectError::new(ErrorKind::Refused, message), now);

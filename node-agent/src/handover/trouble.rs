@@ -12,7 +12,9 @@ const LAST_WAIT: i64 = 5_000_000;
 
 pub(super) fn failed(operation: &mut Operation, error: &EffectError, now: Moment) {
     let step = operation.step;
-    if step.is_held() {
+    if step.is_rollback() {
+        super::rollback::failed(operation, error, now);
+    } else if step.is_held() {
         held(operation, error, now);
     } else if step == Step::Commit {
         // Whether it happened is for `owner.json` to say, after a release has made it void.
@@ -123,7 +125,7 @@ fn backward_or_committed(operation: &mut Operation, error: &EffectError, now: Mo
     }
 }
 
-fn try_again(operation: &mut Operation, error: &EffectError, now: Moment) {
+pub(super) fn try_again(operation: &mut Operation, error: &EffectError, now: Moment) {
     let earlier = operation.trouble.take().filter(|trouble| trouble.count > 0);
     let count = earlier
         .as_ref()
@@ -141,7 +143,7 @@ fn try_again(operation: &mut Operation, error: &EffectError, now: Moment) {
     });
 }
 
-fn has_lasted(operation: &Operation, patience: i64, now: Moment) -> bool {
+pub(super) fn has_lasted(operation: &Operation, patience: i64, now: Moment) -> bool {
     operation
         .trouble
         .as_ref()

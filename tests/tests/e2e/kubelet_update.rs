@@ -91,7 +91,7 @@ pub fn a_host_update_takes_one_node_of_a_cluster_after_the_other(context: &Conte
         .plane
         .apply(&updates::manifest(UPDATE, Some(&command), None))?;
     let mut cordoned = BTreeSet::new();
-    wait_until("every node to be as the HostUpdate declares", LIMIT, POLL, || {
+    wait_until("the HostUpdate to be complete", LIMIT, POLL, || {
         let nodes = cluster.plane.get(&["nodes"])?;
         let now: Vec<&str> = items(&nodes)
             .filter(|node| node["spec"]["unschedulable"] == true)
@@ -104,8 +104,8 @@ pub fn a_host_update_takes_one_node_of_a_cluster_after_the_other(context: &Conte
             }
         }
         let update = cluster.plane.get(&["hostupdate", UPDATE])?;
-        ensure!(!condition_is(&update, "Stalled", "True"), "{}", update["status"]);
-        Ok(condition_is(&update, "Ready", "True").then_some(()))
+        ensure!(!condition_is(&update, "Failed", "True"), "{}", update["status"]);
+        Ok(condition_is(&update, "Complete", "True").then_some(()))
     })
     .with_context(|| {
         let told = cluster.plane.kubectl(&[
