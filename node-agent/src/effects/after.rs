@@ -112,18 +112,18 @@ impl World {
     pub(super) fn do_discard_clone(&mut self, operation: &Operation) -> Effected<()> {
         let (_, resolved) = self.resolved()?;
         let owner = self.owner(&resolved)?;
-        discard_layer(&resolved, Some(&owner), &[], operation.clone_layer)
-            .map_err(|error| EffectError::new(ErrorKind::Refused, error.to_string()))?;
-        if let Some(instance) = self.clone_record(operation, &resolved.uid) {
-            self.node.instances.remove(&instance).map_err(retry)?;
-        }
-        self.remove_network_facts(operation, &resolved.uid);
         if operation.rollback.is_some() {
             self.node
                 .records
                 .set_dormant(&resolved.uid, None)
                 .map_err(retry)?;
         }
+        discard_layer(&resolved, Some(&owner), &[], operation.clone_layer)
+            .map_err(|error| EffectError::new(ErrorKind::Refused, error.to_string()))?;
+        if let Some(instance) = self.clone_record(operation, &resolved.uid) {
+            self.node.instances.remove(&instance).map_err(retry)?;
+        }
+        self.remove_network_facts(operation, &resolved.uid);
         Ok(())
     }
 

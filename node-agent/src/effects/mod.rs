@@ -115,10 +115,17 @@ impl World {
     /// What failed, seen again: where a guest has crashed its VMM lives on, to tell why, and whatever is asked
     /// of it fails in one way or another. Trying again is no use then.
     fn unless_stopped<T>(&self, operation: &Operation, result: Effected<T>) -> Effected<T> {
-        let error = match result {
-            Err(error) if matches!(error.kind, ErrorKind::Retry | ErrorKind::Refused) => error,
-            other => return other,
-        };
+        match result {
+            Err(error) if matches!(error.kind, ErrorKind::Retry | ErrorKind::Refused) => {
+                self.both_run(operation)?;
+                Err(error)
+            }
+            other => other,
+        }
+    }
+
+    /// That neither guest nor clone is known to have stopped.
+    fn both_run(&self, operation: &Operation) -> Effected<()> {
         let sides = [
             (operation.guest_incarnation(), Side::Guest),
             (operation.clone_incarnation(), Side::Clone),
@@ -132,7 +139,7 @@ impl World {
                 return Err(side.gone(format!("{} has stopped: {why}", side.name())));
             }
         }
-        Err(error)
+        Ok(())
     }
 
     /// A client for requests that wait for requests in flight, flush or copy.
@@ -213,6 +220,16 @@ impl Effects for World {
     fn integrate(&mut self, operation: &Operation, last: bool, deadline: Option<Moment>) -> Effected<Round> {
         let result = self.do_integrate(operation, last, deadline);
         self.unless_stopped(operation, result)
+    }
+
+    fn watch(&mut self, operation: &Operation) -> Effected<()> {
+        let gone = |result: Effected<()>| match result {
+            Err(error) if matches!(error.kind, ErrorKind::GuestGone | ErrorKind::CloneGone) => Err(error),
+            _ => Ok(()),
+        };
+        gone(self.guest_vmm(operation).map(drop))?;
+        gone(self.clone_vmm(operation).map(drop))?;
+        self.both_run(operation)
     }
 
     fn hold_ingress(&mut self, operation: &Operation, lease_ms: u64) -> Effected<()> {

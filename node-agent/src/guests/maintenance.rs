@@ -74,7 +74,9 @@ pub fn remove_dormant(
     owner: Option<&Owner>,
     dormant: &Dormant,
 ) -> Result<(), RemoveError> {
-    if owner.and_then(|owner| owner.layer) == Some(dormant.layer) {
+    let is_owner =
+        |owner: &Owner| owner.incarnation == dormant.incarnation || owner.layer == Some(dormant.layer);
+    if owner.is_some_and(is_owner) {
         // A rollback made it the guest again: only the record is out of date.
         return Ok(node.records.set_dormant(&guest.uid, None)?);
     }

@@ -81,13 +81,15 @@ pub fn latch(operation: &mut Operation, asked: Asked, now: Moment) -> Option<Str
     })
 }
 
-/// An abort came too late: the clone had taken over.
-pub fn refuse_abort(operation: &mut Operation) {
-    if let Some(action) = &mut operation.action
-        && action.kind != ActionType::Proceed
-    {
-        action.refused =
-            Some("the clone had just taken over; ask for a rollback by another change of action".to_owned());
+/// What was to end the reboot came too late: the clone had taken over. An abort is refused; a rollback is not what
+/// has happened, so that it is news again once the reboot has succeeded, and goes back.
+pub(super) fn too_late(operation: &mut Operation) {
+    match operation.action.as_mut() {
+        Some(action) if action.kind == ActionType::Abort => {
+            action.refused = Some("the clone had just taken over; a Rollback goes back".to_owned());
+        }
+        Some(action) if action.kind == ActionType::Rollback => operation.action = None,
+        _ => {}
     }
 }
 

@@ -1,4 +1,5 @@
-use super::super::machine::{Decision, Outcome, apply, interrupt, next};
+use super::super::machine::{Decision, apply, interrupt, next};
+use super::super::outcome::Outcome;
 use super::super::sim::new_operation;
 use super::*;
 use crate::handover::effects::Round;
@@ -121,9 +122,10 @@ fn a_clone_that_waits_is_brought_up_to_date_now_and_then() {
 
 #[test]
 fn a_window_is_waited_for_to_the_minute_and_an_approval_does_not_open_it() {
-    let waiting = round(integrating(CutoverMode::Automatic, Some("12:30")), 1);
+    let mut waiting = round(integrating(CutoverMode::Automatic, Some("12:30")), 1);
     assert_eq!(waiting.phase(), Phase::AwaitingCutover);
     assert_eq!(explain(&waiting, at(2)).0, reasons::WINDOW_CLOSED);
+    waiting.refreshed_at = Some(at(1780));
     let Decision::Wait { until } = next(&waiting, at(1790)) else {
         panic!("it does not wait");
     };
@@ -144,7 +146,7 @@ fn an_abort_or_an_early_rollback_ends_the_wait_and_too_long_a_wait_fails() {
         assert_eq!(aborted.undo.as_ref().unwrap().phase, Phase::Aborted);
         assert!(!is_news(&aborted, &asked(ActionType::Proceed)), "it is decided");
     }
-    let late = interrupt(waiting, Asked::default(), at(3601));
+    let late = interrupt(waiting, Asked::default(), at(3602));
     let verdict = late.undo.unwrap();
     assert_eq!(
         (verdict.phase, verdict.reason.as_str()),
@@ -170,4 +172,16 @@ fn a_rehearsal_ends_before_anything_is_held() {
     let after = interrupt(rehearsed.clone(), asked(ActionType::Abort), at(2));
     assert_eq!(after.undo, rehearsed.undo);
     assert_eq!(after.action, None);
+}
+
+#[test]
+fn an_abort_that_the_commit_came_before_is_refused_and_a_rollback_is_asked_anew() {
+    for (kind, latched) in [(ActionType::Abort, true), (ActionType::Rollback, false)] {
+        let cutting = round(integrating(CutoverMode::Automatic, None), 1);
+        let mut asked = interrupt(cutting, asked(kind), at(2));
+        assert_eq!(asked.action.as_ref().map(|action| action.kind), Some(kind));
+        too_late(&mut asked);
+        let refused = asked.action.and_then(|action| action.refused);
+        assert_eq!(refused.is_some(), latched, "{kind:?}");
+    }
 }

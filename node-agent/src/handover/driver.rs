@@ -2,8 +2,12 @@
 
 use super::effects::{Effected, Effects, Report};
 use super::journal::Journal;
-use super::machine::{self, Decision, Outcome, apply, interrupt, next};
+use super::machine::{self, Decision, apply, interrupt, next};
+use super::outcome::Outcome;
 use super::record::{Moment, Operation, Step};
+
+/// How often a clone that waits for its cutover, and its guest, are looked at. Microseconds.
+const LOOK: i64 = 5_000_000;
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,7 +53,16 @@ pub fn run(
                 if effects.must_stop() {
                     return Run::Stopped(operation);
                 }
-                effects.wait(&operation, until);
+                if operation.step != Step::AwaitCutover {
+                    effects.wait(&operation, until);
+                    continue;
+                }
+                // Who dies meanwhile dies without an effect that tells of it.
+                let look = now.plus(LOOK);
+                effects.wait(&operation, if look.since(until) < 0 { look } else { until });
+                if let Err(error) = effects.watch(&operation) {
+                    operation = apply(operation, Err(error), now, effects.now());
+                }
             }
             Decision::Perform { durable } => {
                 if may_stop(operation.step) && effects.must_stop() {

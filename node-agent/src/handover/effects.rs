@@ -215,6 +215,10 @@ pub trait Effects {
     /// again. `Refused` for a conflict that the plan forbids, and for a capture that was lost.
     fn integrate(&mut self, operation: &Operation, last: bool, deadline: Option<Moment>) -> Effected<Round>;
 
+    /// Looks after guest and clone while the cutover is waited for: `GuestGone` or `CloneGone` where one of them
+    /// has ended, or its guest has crashed; no other error.
+    fn watch(&mut self, operation: &Operation) -> Effected<()>;
+
     /// Guest's VMM `hold` of the receive gate, for `lease_ms`.
     fn hold_ingress(&mut self, operation: &Operation, lease_ms: u64) -> Effected<()>;
 
@@ -254,9 +258,9 @@ pub trait Effects {
     /// The clone's VMM process is gone when this returns, however it got there.
     fn kill_clone(&mut self, operation: &Operation) -> Effected<()>;
 
-    /// Removes the clone's layer; it is gone, or never was, when this returns. After a rollback no incarnation is
-    /// dormant from here on. (A `prepare-split` that comes
-    /// late may make it again; the guest manager removes layers that no chain names.)
+    /// Removes the clone's layer; it is gone, or never was, when this returns. (A `prepare-split` that comes
+    /// late may make it again; the guest manager removes layers that no chain names.) After a rollback no
+    /// incarnation is dormant from here on.
     fn discard_clone(&mut self, operation: &Operation) -> Effected<()>;
 
     /// Dormant VMM `network/give` to the clone's. `GuestGone` where it has ended.

@@ -1,6 +1,8 @@
 use super::super::sim::new_operation;
 use super::*;
+use crate::handover::effects::{EffectError, ErrorKind, Preflight};
 use understudy_api::reboot::CutoverMode;
+use understudy_vmm_control::owner::Owner;
 
 const KINDS: [ErrorKind; 5] = [
     ErrorKind::Retry,

@@ -43,6 +43,8 @@ pub fn begin(mut operation: Operation, now: Moment) -> Operation {
         tries: 0,
     });
     (operation.undo, operation.trouble) = (None, None);
+    // The lease of a hold is the whole of `maxPause` again.
+    (operation.held_at, operation.taken_back) = (None, None);
     operation.step = Step::FindDormant;
     operation
 }

@@ -10,6 +10,7 @@ use understudy_vmm_control::api::{
 use understudy_vmm_control::config::Role;
 use understudy_vmm_control::owner::{OWNER_VERSION, Owner};
 
+use super::devices::Devices;
 use super::fence::{self, Ownership};
 use super::{Inner, Supervisor};
 use crate::machine::board::Event;
@@ -290,6 +291,8 @@ impl Supervisor {
     fn become_dormant(&self, inner: &mut Inner, commit: &Commit) {
         inner.state = VmState::Dormant;
         inner.committed = Some(commit.clone());
+        // What it was activated for is over: only another commit to it can activate it again.
+        inner.activated = None;
         inner.lease = None;
         // Only a way back needs it, which may never be gone.
         inner.stopped_at = inner.assembly.as_ref().and_then(|assembly| {
@@ -327,10 +330,10 @@ impl Supervisor {
         if inner.role == Role::Active {
             return Err(conflict("activate: this VMM owns the guest already"));
         }
-        let ownership = self.take_ownership(activate)?;
         let (Some(devices), Some(handover)) = (&inner.devices, &inner.handover) else {
             return Err(conflict("activate: the clone has not booted"));
         };
+        let ownership = self.take_ownership(devices, activate)?;
         let report = devices
             .attach_taps(handover, activate.open_taps)
             .map_err(failed)?;
@@ -346,24 +349,37 @@ impl Supervisor {
         Ok(report)
     }
 
-    fn take_ownership(&self, activate: &Activate) -> Result<Ownership, OperationError> {
+    fn take_ownership(&self, devices: &Devices, activate: &Activate) -> Result<Ownership, OperationError> {
         let (ownership, owner) = Ownership::take(&self.state_dir, self.config.incarnation)
             .map_err(|error| conflict(error.to_string()))?;
-        match owner.epoch == activate.epoch {
-            true => Ok(ownership),
-            false => Err(conflict(format!(
+        if owner.epoch != activate.epoch {
+            return Err(conflict(format!(
                 "activate: owner.json has epoch {} where {} was committed",
                 owner.epoch, activate.epoch
-            ))),
+            )));
         }
+        // After a rollback the next clone has the number of the one that was rolled back: the layer tells them apart.
+        let top = devices.root().info().layers.first().copied();
+        if owner.layer != top {
+            return Err(conflict(format!(
+                "activate: owner.json names the layer {:?} and not {top:?}, on which this incarnation runs",
+                owner.layer
+            )));
+        }
+        Ok(ownership)
     }
 
     /// The way back: another incarnation has committed to this one, which goes on where it was paused.
     fn reactivate(&self, inner: &mut Inner, activate: &Activate) -> Result<ActivateReport, OperationError> {
-        let ownership = self.take_ownership(activate)?;
         let (Some(devices), Some(assembly)) = (&inner.devices, &inner.assembly) else {
             return Err(conflict("activate: the guest has stopped"));
         };
+        if let Some(error) = inner.resumed.as_ref().and_then(|from| from.error()) {
+            return Err(conflict(format!(
+                "activate: the memory of the dormant guest is damaged ({error})"
+            )));
+        }
+        let ownership = self.take_ownership(devices, activate)?;
         // Those that were given away were kept for this; others were never let go of.
         let report = devices.take_taps_back(activate.open_taps).map_err(failed)?;
         if let Some(stopped_at) = inner.stopped_at.take()

@@ -429,6 +429,22 @@ impl Effects for World {
         })
     }
 
+    fn watch(&mut self, _: &Operation) -> Effected<()> {
+        if !self.guest.alive {
+            return Err(EffectError::new(
+                ErrorKind::GuestGone,
+                "the guest's VMM has ended",
+            ));
+        }
+        match self.clone {
+            Some(_) => Ok(()),
+            None => Err(EffectError::new(
+                ErrorKind::CloneGone,
+                "the clone's VMM has ended",
+            )),
+        }
+    }
+
     fn hold_ingress(&mut self, operation: &Operation, lease_ms: u64) -> Effected<()> {
         self.owns(operation)?;
         self.hold(GateSet::Receive, lease_ms).map(|_| ())

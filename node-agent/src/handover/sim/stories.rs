@@ -75,7 +75,7 @@ fn what_is_expected_already_is_left_alone() {
     let mut world = World::new(3);
     let now = super::agent::moment(world.now);
     let result = super::super::Effects::preflight(&mut world, &operation)
-        .map(super::super::machine::Outcome::Preflight);
+        .map(super::super::outcome::Outcome::Preflight);
     let operation = super::super::machine::apply(operation, result, now, now);
     let verdict = operation.verdict.unwrap();
     assert_eq!(verdict.phase, Phase::Succeeded);
@@ -92,7 +92,7 @@ fn a_pause_that_is_too_short_is_taken_back_and_told() {
     assert_eq!(ended.verdict.reason, reasons::MAX_PAUSE_EXCEEDED);
     assert_eq!(
         ended.operation.result.taken_back,
-        super::super::machine::MAX_CUTOVERS
+        super::super::outcome::MAX_CUTOVERS
     );
     assert!(
         ended

@@ -115,7 +115,8 @@ impl Scenario {
         };
         scenario.provider_missing = rng.chance(30);
         for _ in 0..rng.below(3) {
-            let phase = Phase::ALL[rng.below(6)];
+            let under_way = Phase::ALL.iter().position(|phase| phase.is_terminal());
+            let phase = Phase::ALL[rng.below(under_way.unwrap_or_default())];
             scenario.operations.push((phase, rng.range(SECOND, 20 * SECOND)));
         }
         for _ in 0..rng.below(4) {
