@@ -31,6 +31,11 @@ fn good(kind: Kind) -> Value {
                 "cutover": {
                     "mode": "Manual", "maxPause": "10s",
                     "window": {"timeZone": "Europe/Berlin", "days": ["Friday"], "start": "22:00", "end": "04:00"},
+                    "readiness": [
+                        {"name": "page", "httpGet": {"path": "/healthz", "port": 80}},
+                        {"name": "socket", "tcpSocket": {"port": 7000}, "periodSeconds": 2},
+                        {"name": "database", "exec": {"command": ["/usr/bin/pg_isready", ""]}},
+                    ],
                 },
                 "retainDormantFor": "10m", "action": {"type": "Rollback", "changes": "Discard"},
                 "timeouts": {
@@ -160,6 +165,9 @@ fn changes(kind: Kind) -> Vec<(&'static str, Value)> {
             "/spec/cutover/window/timeZone",
             "/spec/cutover/window/start",
             "/spec/cutover/window/end",
+            "/spec/cutover/readiness/0/name",
+            "/spec/cutover/readiness/0/httpGet/path",
+            "/spec/cutover/readiness/2/exec/command/0",
         ],
         Kind::HostUpdate => &[
             "/spec/returnTimeout",
@@ -216,6 +224,11 @@ fn changes(kind: Kind) -> Vec<(&'static str, Value)> {
             ("/spec/action", json!({"type": "Rollback"})),
             ("/spec/action", json!({"type": "Abort", "changes": "Discard"})),
             ("/spec/cutover/mode", json!("Rehearse")),
+            ("/spec/cutover/readiness/0", json!({"name": "nothing"})),
+            (
+                "/spec/cutover/readiness/0",
+                json!({"name": "both", "tcpSocket": {"port": 1}, "exec": {"command": ["true"]}}),
+            ),
             ("/spec/cutover/mode", json!("Automatic")),
             ("/spec/cutover", json!({})),
         ]),

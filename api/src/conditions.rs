@@ -85,6 +85,8 @@ pub mod reasons {
     pub const APPROVAL_REQUIRED: &str = "ApprovalRequired";
     /// A rehearsal has succeeded: the clone was discarded, and the guest was left alone.
     pub const REHEARSED: &str = "Rehearsed";
+    /// The clone did not answer as `cutover.readiness` asks.
+    pub const NOT_READY: &str = "NotReady";
     /// The incarnation before is the guest again.
     pub const ROLLED_BACK: &str = "RolledBack";
     /// The manifest is not valid.

@@ -42,6 +42,9 @@ static SEAMLESS_REBOOT: LazyLock<Definition> = LazyLock::new(|| {
         &[
             ("status.phaseTransitions", None),
             ("spec.cutover.window.days", None),
+            ("spec.cutover.readiness", Some("name")),
+            ("spec.cutover.readiness[].exec.command", None),
+            ("status.result.readiness", Some("name")),
         ],
     )
 });

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::never_observed;
 use crate::phase::Phase;
+use crate::readiness::{Probe, ProbeResult};
 use crate::window::Window;
 
 /// One reboot of one guest.
@@ -184,6 +185,12 @@ pub struct Cutover {
     /// `timeouts.awaitingCutover` at most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub window: Option<Window>,
+    /// What the clone must answer before it takes over: a clone that is not ready fails the reboot, and the guest
+    /// has lost nothing. Asked one after the other when the guest's changes are integrated, again after a wait for
+    /// approval or window, and of a rehearsed clone before it is discarded; within `timeouts.integrating`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 8))]
+    pub readiness: Vec<Probe>,
     /// The longest that the guest may be held before the clone takes over, `100ms` to `2m`. A cutover
     /// that would take longer is taken back: the guest serves on and is integrated anew.
     #[serde(default = "ten_seconds")]
@@ -199,6 +206,7 @@ impl Default for Cutover {
         Cutover {
             mode: CutoverMode::default(),
             window: None,
+            readiness: Vec::new(),
             max_pause: ten_seconds(),
         }
     }
@@ -410,6 +418,9 @@ pub struct RebootResult {
     /// What could not be carried over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remains: Option<Remains>,
+    /// How the probes of `cutover.readiness` ended, in their order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub readiness: Vec<ProbeResult>,
     /// Interruption of a rollback as measured: from the holding of the clone to the first frame of the
     /// incarnation that was dormant.
     #[serde(default, skip_serializing_if = "Option::is_none")]

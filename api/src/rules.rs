@@ -42,6 +42,7 @@ const UNIT: &str = "^[A-Za-z0-9:_.@-]+[.](service|socket|timer|path)$";
 const TIME: &str = "^([01][0-9]|2[0-3]):[0-5][0-9]$";
 const TIME_ZONE: &str = "^[A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+)*$";
 const URL: &str = "^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?(/[A-Za-z0-9._~-]+)*/?$";
+const HTTP_PATH: &str = "^/[!-~]*$";
 const RELEASE: &str = "^[A-Za-z0-9][A-Za-z0-9._+~-]*$";
 
 /// Rules of a `Guest`.
@@ -199,6 +200,7 @@ pub fn seamless_reboot() -> Vec<Rule> {
         "spec.cutover.window.end",
         "spec.cutover.window.timeZone",
     ));
+    rules.extend(readiness());
     for path in ["spec.services.hold[]", "spec.services.stop[]"] {
         rules.push(matches(
             path,
@@ -413,6 +415,37 @@ fn all_but_action_stays() -> Rule {
     )
 }
 
+/// What the probes of a clone may say.
+fn readiness() -> [Rule; 4] {
+    const KINDS: [&str; 3] = ["httpGet", "tcpSocket", "exec"];
+    [
+        matches(
+            "spec.cutover.readiness[].name",
+            DNS_LABEL,
+            63,
+            "must be lower-case letters, digits and '-', such as page",
+        ),
+        value(
+            "spec.cutover.readiness[]",
+            "(has(self.httpGet) ? 1 : 0) + (has(self.tcpSocket) ? 1 : 0) + (has(self.exec) ? 1 : 0) == 1",
+            |probe| KINDS.iter().filter(|kind| has(probe, kind)).count() == 1,
+            "must have exactly one of httpGet, tcpSocket and exec; make a probe of its own for each question",
+        ),
+        matches(
+            "spec.cutover.readiness[].httpGet.path",
+            HTTP_PATH,
+            1024,
+            "must be a path such as /healthz: it begins with '/', and what is not printable ASCII is percent-encoded",
+        ),
+        value(
+            "spec.cutover.readiness[].exec.command",
+            "self[0].size() > 0",
+            |command| !str(&command[0]).is_empty(),
+            "must begin with the program to run",
+        ),
+    ]
+}
+
 /// What a window may say.
 fn window(start: &'static str, end: &'static str, time_zone: &'static str) -> Vec<Rule> {
     let time = |path| matches(path, TIME, 5, "must be a time of day such as 22:00");
@@ -547,7 +580,7 @@ mod tests {
     fn every_pattern_compiles_and_needs_no_escape_in_cel() {
         for pattern in [
             DNS_LABELS, DNS_LABEL, DURATION, MEMORY, FILE, INTERFACE, MAC, UNIT, RELEASE, TIME, TIME_ZONE,
-            URL,
+            URL, HTTP_PATH,
         ] {
             assert!(Regex::new(pattern).is_ok(), "{pattern}");
             assert!(!pattern.contains(['\\', '\'']), "{pattern}");

@@ -5,6 +5,7 @@ mod before;
 mod cutover;
 mod errors;
 mod integrate;
+mod probe;
 mod rollback;
 
 use std::path::PathBuf;
@@ -19,7 +20,9 @@ use understudy_vmm_control::owner::Owner;
 use crate::guest_agent::Link;
 use crate::guests::{Resolved, resolve};
 use crate::handover::approval::is_news;
-use crate::handover::effects::{Activation, CloneBoot, Dormancy, Preflight, Round, Sealed, SplitOutcome};
+use crate::handover::effects::{
+    Activation, Answer, CloneBoot, Dormancy, Preflight, Round, Sealed, SplitOutcome,
+};
 use crate::handover::{Asked, EffectError, Effected, Effects, ErrorKind, Moment, Operation};
 use crate::host;
 use crate::node::Node;
@@ -219,6 +222,11 @@ impl Effects for World {
 
     fn integrate(&mut self, operation: &Operation, last: bool, deadline: Option<Moment>) -> Effected<Round> {
         let result = self.do_integrate(operation, last, deadline);
+        self.unless_stopped(operation, result)
+    }
+
+    fn probe(&mut self, operation: &Operation) -> Effected<Answer> {
+        let result = self.do_probe(operation);
         self.unless_stopped(operation, result)
     }
 

@@ -8,6 +8,7 @@ use understudy_api::window::Passage;
 
 use super::effects::Asked;
 use super::machine::begin_undo;
+use super::readiness;
 use super::record::{Latched, Moment, Operation, Step, Verdict};
 
 /// A clone that waits is brought up to date so often, in microseconds: the less is left for the end.
@@ -95,6 +96,10 @@ pub(super) fn too_late(operation: &mut Operation) {
 
 /// A round has brought the clone up to date as far as rounds can: what comes next.
 pub(super) fn integrated(operation: &mut Operation, now: Moment) {
+    if readiness::is_wanted(operation) {
+        readiness::begin(operation, now);
+        return;
+    }
     if operation.plan.mode == CutoverMode::Rehearse {
         begin_undo(operation, rehearsed(operation), now);
         return;
@@ -115,6 +120,8 @@ pub(super) fn integrated(operation: &mut Operation, now: Moment) {
 pub(super) fn look(operation: &mut Operation, now: Moment) {
     if clearance(operation, now) == Clearance::Given {
         operation.cleared_at = Some(now);
+        // It may have waited for a day.
+        operation.ready = false;
         again(operation);
     } else if now.since(operation.phase_since()) >= operation.plan.awaiting_cutover {
         let message = format!(
@@ -128,7 +135,7 @@ pub(super) fn look(operation: &mut Operation, now: Moment) {
 }
 
 /// Rounds begin anew: how long those took that were made before the wait says nothing about the next.
-fn again(operation: &mut Operation) {
+pub(super) fn again(operation: &mut Operation) {
     operation.rounds_of_attempt = 0;
     operation.round_times = [None, None];
     operation.step = Step::Integrate;

@@ -129,6 +129,7 @@ fn perform(operation: &Operation, now: Moment, effects: &mut impl Effects) -> Ef
         Step::BootClone => effects.boot_clone(operation).map(done),
         Step::AwaitBoot => effects.await_clone_boot(operation).map(Outcome::CloneBoot),
         Step::Integrate => effects.integrate(operation, false, None).map(Outcome::Round),
+        Step::Probe => effects.probe(operation).map(Outcome::Answer),
         Step::HoldIngress => effects
             .hold_ingress(operation, lease_ms(operation, now))
             .map(done),

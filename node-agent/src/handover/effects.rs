@@ -133,6 +133,15 @@ pub struct Asked {
     pub action: Option<ActionType>,
 }
 
+/// What a clone answered to a probe.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Whether it is ready.
+    pub ready: bool,
+    /// What was seen, for people.
+    pub message: String,
+}
+
 /// What a rollback can go back to, and from where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Dormancy {
@@ -214,6 +223,10 @@ pub trait Effects {
     /// clone's layer when this returns. `deadline`: gives up then with `Lapsed`; abandoned rounds are sent
     /// again. `Refused` for a conflict that the plan forbids, and for a capture that was lost.
     fn integrate(&mut self, operation: &Operation, last: bool, deadline: Option<Moment>) -> Effected<Round>;
+
+    /// Asks the clone's guest agent once what [`super::readiness::current`] names. A clone that is not ready is an
+    /// answer and no error; `Refused` where its guest agent cannot ask.
+    fn probe(&mut self, operation: &Operation) -> Effected<Answer>;
 
     /// Looks after guest and clone while the cutover is waited for: `GuestGone` or `CloneGone` where one of them
     /// has ended, or its guest has crashed; no other error.

@@ -34,7 +34,7 @@ fn operation(step: Step) -> Operation {
         Step::PrepareSplit => 1,
         Step::PrepareClone | Step::Split => 2,
         Step::BootClone | Step::AwaitBoot => 3,
-        Step::Integrate | Step::AwaitCutover => 4,
+        Step::Integrate | Step::Probe | Step::AwaitCutover => 4,
         _ => 5,
     };
     for phase in &phases[..reached] {

@@ -3,7 +3,7 @@
 //! A pure state machine ([`machine`], [`outcome`]) over a durable record ([`record`]), effects behind a trait
 //! ([`effects`]), and a loop that brings them together ([`driver`]). It knows no Kubernetes client, no VMM
 //! and no socket, so that a deterministic simulation can cut it anywhere. What is asked of an operation on its
-//! way is in [`approval`], the way back in [`rollback`]. `docs/handover.md` has the steps and the table of
+//! way is in [`approval`], whether its clone is ready in [`readiness`], the way back in [`rollback`]. `docs/handover.md` has the steps and the table of
 //! recovery.
 
 pub mod approval;
@@ -13,6 +13,7 @@ pub mod journal;
 pub mod machine;
 pub mod outcome;
 pub mod plan;
+pub mod readiness;
 pub mod record;
 pub mod rollback;
 pub mod status;

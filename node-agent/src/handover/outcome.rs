@@ -6,11 +6,11 @@ use understudy_api::conditions::reasons;
 use understudy_vmm_control::owner::Owner;
 
 use super::effects::{
-    Activation, CloneBoot, Dormancy, EffectError, ErrorKind, Preflight, Round, Sealed, SplitOutcome,
+    Activation, Answer, CloneBoot, Dormancy, EffectError, ErrorKind, Preflight, Round, Sealed, SplitOutcome,
 };
 use super::machine::{begin_undo, take_back};
 use super::record::{Moment, Operation, Step, Trouble, Verdict};
-use super::{approval, rollback};
+use super::{approval, readiness, rollback};
 
 /// Most rounds of integration before a cutover is tried whatever they cost.
 pub const MAX_ROUNDS: u32 = 20;
@@ -36,6 +36,8 @@ pub enum Outcome {
     CloneBoot(Option<CloneBoot>),
     /// Of [`Step::Integrate`] and [`Step::FinalIntegrate`].
     Round(Round),
+    /// Of [`Step::Probe`].
+    Answer(Answer),
     /// Of [`Step::Seal`].
     Sealed(Sealed),
     /// Of [`Step::Verify`].
@@ -85,6 +87,7 @@ pub(super) fn succeeded(operation: &mut Operation, outcome: Outcome, started: Mo
                 approval::integrated(operation, now);
             }
         }
+        (Step::Probe, Outcome::Answer(answer)) => readiness::answered(operation, answer, started, now),
         (Step::HoldIngress, _) => {
             operation.held_at = Some(started);
             operation.step = Step::FreezeUserland;

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use understudy_api::duration;
+use understudy_api::readiness::Probe;
 use understudy_api::reboot::{CutoverMode, OnConflict, SeamlessRebootSpec};
 use understudy_api::window::{Window, WindowError};
 
@@ -39,6 +40,9 @@ pub struct Plan {
     /// When the clone may take over.
     #[serde(default)]
     pub window: Option<Window>,
+    /// What the clone must answer before it takes over.
+    #[serde(default)]
+    pub readiness: Vec<Probe>,
     /// Timeout of the phase AwaitingCutover.
     #[serde(default)]
     pub awaiting_cutover: i64,
@@ -92,6 +96,7 @@ impl Plan {
             retain_dormant: micros("retainDormantFor", &spec.retain_dormant_for)?,
             mode: spec.cutover.mode,
             window: spec.cutover.window.clone(),
+            readiness: spec.cutover.readiness.clone(),
             awaiting_cutover: micros("timeouts.awaitingCutover", &spec.timeouts.awaiting_cutover)?,
         })
     }

@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::effects::Preflight;
 use super::plan::Plan;
+use super::readiness::Probing;
 pub use crate::moment::Moment;
 
 /// Version of the record's format. A record of another version is refused, never guessed at.
@@ -33,6 +34,8 @@ pub enum Step {
     AwaitBoot,
     /// One round of integration (patent, step 5).
     Integrate,
+    /// Ask the clone whether it is ready, as `cutover.readiness` says.
+    Probe,
     /// The clone is ready; wait until its cutover is approved and the window is open.
     AwaitCutover,
     /// Hold ingress. From here to `Commit` nothing is taken for granted after a restart: all is taken back.
@@ -91,7 +94,7 @@ pub enum Step {
 
 impl Step {
     /// All steps.
-    pub const ALL: [Step; 35] = [
+    pub const ALL: [Step; 36] = [
         Step::Preflight,
         Step::Confirm,
         Step::PrepareSplit,
@@ -100,6 +103,7 @@ impl Step {
         Step::BootClone,
         Step::AwaitBoot,
         Step::Integrate,
+        Step::Probe,
         Step::AwaitCutover,
         Step::HoldIngress,
         Step::FreezeUserland,
@@ -292,6 +296,12 @@ pub struct Operation {
     /// When the wait for approval and window was over, in this attempt.
     #[serde(default)]
     pub cleared_at: Option<Moment>,
+    /// Whether the clone has answered as `cutover.readiness` asks.
+    #[serde(default)]
+    pub ready: bool,
+    /// How far its probes are, while they are asked.
+    #[serde(default)]
+    pub probing: Option<Probing>,
     /// The way back; `None` unless it was asked for.
     #[serde(default)]
     pub rollback: Option<Rollback>,
@@ -359,6 +369,8 @@ impl Operation {
             approved: false,
             refreshed_at: None,
             cleared_at: None,
+            ready: false,
+            probing: None,
             rollback: None,
         }
     }

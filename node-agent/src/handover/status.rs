@@ -127,6 +127,7 @@ fn what(operation: &Operation) -> &'static str {
         Step::Split => "splitting the disk",
         Step::BootClone | Step::AwaitBoot => "the clone boots; the guest serves",
         Step::Integrate => "integrating the guest's changes into the clone; the guest serves",
+        Step::Probe => "asking the clone whether it is ready; the guest serves",
         Step::AwaitCutover => "waiting for the cutover to be approved; the guest serves",
         Step::HoldIngress => "holding the guest's network",
         Step::FreezeUserland => "freezing the guest's programs",

@@ -28,6 +28,11 @@ pub fn good(kind: Kind, name: &str) -> Value {
                 "cutover": {
                     "mode": "Manual", "maxPause": "10s",
                     "window": {"timeZone": "Europe/Berlin", "days": ["Sunday"], "start": "22:00", "end": "04:00"},
+                    "readiness": [
+                        {"name": "page", "httpGet": {"path": "/healthz", "port": 80}},
+                        {"name": "socket", "tcpSocket": {"port": 7000}, "periodSeconds": 2},
+                        {"name": "database", "exec": {"command": ["/usr/bin/pg_isready", ""]}},
+                    ],
                 },
                 "retainDormantFor": "10m", "action": {"type": "Rollback", "changes": "Discard"},
                 "timeouts": {

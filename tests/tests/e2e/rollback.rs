@@ -16,6 +16,24 @@ fn in_mode(name: &str, mode: &str) -> String {
         .replace("retainDormantFor: 10s", "retainDormantFor: 1h")
 }
 
+/// A rehearsal whose clone is asked whether its page answers, and something else.
+fn rehearsal(name: &str, other: &str) -> String {
+    in_mode(name, "Rehearse").replace(
+        "    mode:",
+        &format!(
+            "    readiness:\n    - name: page\n      httpGet:\n        port: 80\n      periodSeconds: 2\n      timeoutSeconds: 20\n      \
+             failureThreshold: 10\n    - name: other\n      {other}\n      periodSeconds: 1\n      timeoutSeconds: 20\n    mode:"
+        ),
+    )
+}
+
+/// How the probes of a rehearsal ended.
+fn readiness(object: &Value) -> Vec<Option<bool>> {
+    let probes = object["status"]["result"]["readiness"].as_array();
+    let probes = probes.into_iter().flatten();
+    probes.map(|probe| probe["ready"].as_bool()).collect()
+}
+
 fn ensure_ended(object: &Value, phase: &str, reason: &str) -> Result<()> {
     let status = &object["status"];
     ensure!(
@@ -47,7 +65,9 @@ pub fn a_rehearsal_leaves_the_guest_alone_and_an_approved_cutover_is_rolled_back
     let life = "cat /proc/sys/kernel/random/boot_id; systemctl show --property MainPID ledger.service";
     let before = guest.ssh.run(life)?;
     let load = Load::start(machine, &guest.address, &run("rehearsed"), OFTEN)?;
-    machine.apply("rehearsal.yaml", &in_mode("rehearsal", "Rehearse"))?;
+    let fine =
+        "exec:\n        command: [/bin/sh, -c, 'test -e /proc/self && ! systemctl is-active ledger.service']";
+    machine.apply("rehearsal.yaml", &rehearsal("rehearsal", fine))?;
     let object = ended(machine, "rehearsal")?;
     ensure_ended(&object, "Succeeded", "Rehearsed")?;
     let result = &object["status"]["result"];
@@ -55,6 +75,29 @@ pub fn a_rehearsal_leaves_the_guest_alone_and_an_approved_cutover_is_rolled_back
         result["after"]["kernelRelease"].is_string() && result["rounds"].as_i64() > Some(0),
         "its result is {result}"
     );
+    ensure!(
+        readiness(&object) == [Some(true), Some(true)],
+        "its probes: {}",
+        result["readiness"]
+    );
+    // The ledger is held on a clone.
+    machine.apply(
+        "unready.yaml",
+        &rehearsal("unready", "tcpSocket:\n        port: 7000"),
+    )?;
+    let object_of_unready = ended(machine, "unready")?;
+    ensure_ended(&object_of_unready, "Failed", "NotReady")?;
+    ensure!(
+        readiness(&object_of_unready) == [Some(true), Some(false)],
+        "its probes: {}",
+        object_of_unready["status"]["result"]["readiness"]
+    );
+    context.say(&format!(
+        "not ready: {}",
+        object_of_unready["status"]["message"]
+            .as_str()
+            .unwrap_or_default()
+    ));
     load.finish()?.ensure_nothing_lost()?;
     ensure!(guest.ssh.run(life)? == before, "a rehearsal has moved the guest");
     context.say(&format!(

@@ -11,9 +11,11 @@ use super::super::effects::{
     Activation, Asked, CloneBoot, Dormancy, EffectError, Effected, Effects, ErrorKind, Preflight, Round,
     Sealed, SplitOutcome,
 };
+use super::super::readiness::current;
 use super::super::record::{Moment, Operation};
 use super::machines::{Answer, Command, GateSet, No};
 use super::mutations::Mutation;
+use super::scenario::WAVERING;
 use super::world::*;
 
 /// Thrown where the agent dies.
@@ -426,6 +428,30 @@ impl Effects for World {
             conflicts: Vec::new(),
             conflict_count: 0,
             remains: (!last).then(Remains::default),
+        })
+    }
+
+    fn probe(&mut self, operation: &Operation) -> Effected<super::super::effects::Answer> {
+        self.crash_point();
+        self.latency();
+        let Some(clone) = &self.clone else {
+            return clone_gone();
+        };
+        assert!(clone.booted.is_some(), "a clone is asked that has not booted");
+        if self.in_trouble() {
+            return retry("the guest agent does not answer");
+        }
+        let wavers = current(operation).unwrap().name == WAVERING;
+        self.probed += u32::from(wavers);
+        let ready = match self.readiness {
+            Readiness::Never => !wavers,
+            Readiness::Late => !wavers || self.probed > 2,
+            Readiness::Ready | Readiness::Unasked => true,
+        };
+        self.crash_point();
+        Ok(super::super::effects::Answer {
+            ready,
+            message: "so it is".to_owned(),
         })
     }
 

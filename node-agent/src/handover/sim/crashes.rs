@@ -7,7 +7,7 @@ use understudy_api::conditions::reasons;
 use understudy_api::reboot::{ActionType, CutoverMode};
 
 use super::scenario::{Ended, Scenario, WITH_WAYS_BACK, play};
-use super::world::{BootFate, Fault, MS, SECOND};
+use super::world::{BootFate, Fault, MS, Readiness, SECOND};
 
 /// Seeds that found a defect once, in the engine or in this world; each is played for ever.
 const KEPT: &[u64] = &[
@@ -169,6 +169,32 @@ fn a_clone_that_does_not_come_up_costs_nothing() {
             let mut scenario = Scenario::quiet(seed);
             scenario.boot_fate = fate;
             assert_eq!(play_or_tell(&scenario).verdict.phase, Phase::Failed, "{fate:?}");
+        }
+    }
+}
+
+#[test]
+fn a_clone_that_is_not_ready_costs_nothing_and_one_that_becomes_so_takes_over() {
+    for (readiness, mode, phase) in [
+        (Readiness::Never, CutoverMode::Automatic, Phase::Failed),
+        (Readiness::Never, CutoverMode::Rehearse, Phase::Failed),
+        (Readiness::Late, CutoverMode::Automatic, Phase::Succeeded),
+    ] {
+        let mut scenario = Scenario::quiet(11);
+        (scenario.readiness, scenario.mode) = (readiness, mode);
+        let whole = play_or_tell(&scenario);
+        assert_eq!(whole.verdict.phase, phase, "{:?}", whole.verdict);
+        let told: Vec<_> = whole
+            .operation
+            .result
+            .readiness
+            .iter()
+            .map(|told| told.ready)
+            .collect();
+        assert_eq!(told, [Some(true), Some(readiness == Readiness::Late)]);
+        for point in 1..=whole.crash_points {
+            scenario.crash_at = vec![point];
+            play_or_tell(&scenario);
         }
     }
 }

@@ -6,6 +6,7 @@ use std::rc::Rc;
 
 use understudy_api::Phase;
 use understudy_api::conditions::reasons;
+use understudy_api::readiness::{Probe, TcpSocket};
 use understudy_api::reboot::{ActionType, CutoverMode, OnConflict};
 
 use super::super::driver::{Run, run};
@@ -31,6 +32,7 @@ pub struct Scenario {
     pub trouble: u64,
     pub faults: Vec<(i64, Fault)>,
     pub boot_fate: BootFate,
+    pub readiness: Readiness,
     pub max_pause: i64,
     pub expects: bool,
     pub mode: CutoverMode,
@@ -48,6 +50,7 @@ impl Scenario {
             trouble: 0,
             faults: Vec::new(),
             boot_fate: BootFate::Good,
+            readiness: Readiness::Unasked,
             max_pause: 300 * MS,
             expects: true,
             mode: CutoverMode::Automatic,
@@ -126,6 +129,12 @@ impl Scenario {
                 self.crash_at.push(u64::try_from(rng.range(100, 400)).unwrap());
             }
         }
+        self.readiness = match rng.below(10) {
+            0 => Readiness::Never,
+            1 => Readiness::Late,
+            2 | 3 => Readiness::Ready,
+            _ => Readiness::Unasked,
+        };
     }
 }
 
@@ -197,6 +206,7 @@ pub fn play(scenario: &Scenario) -> Ended {
     world.mutation = scenario.mutation;
     world.trouble = scenario.trouble;
     world.boot_fate = scenario.boot_fate;
+    world.readiness = scenario.readiness;
     world.calm = scenario.trouble == 0 && scenario.crash_at.is_empty() && scenario.faults.is_empty();
     world.calm_from = world.now + 20 * SECOND;
     world.end = world.now + 2000 * SECOND;
@@ -287,6 +297,10 @@ pub fn new_operation(scenario: &Scenario, now: i64) -> Operation {
         retain_dormant: 60 * SECOND,
         mode: scenario.mode,
         window: None,
+        readiness: match scenario.readiness {
+            Readiness::Unasked => Vec::new(),
+            _ => vec![probe("page"), probe(WAVERING)],
+        },
         awaiting_cutover: 40 * SECOND,
     };
     Operation::new(
@@ -297,6 +311,23 @@ pub fn new_operation(scenario: &Scenario, now: i64) -> Operation {
         (GUEST_LAYER, CLONE_LAYER),
         moment(now),
     )
+}
+
+/// The probe that answers as the scenario says; the other one is ready.
+pub const WAVERING: &str = "ledger";
+
+fn probe(name: &str) -> Probe {
+    Probe {
+        name: name.to_owned(),
+        http_get: None,
+        tcp_socket: Some(TcpSocket { port: 80 }),
+        exec: None,
+        initial_delay_seconds: 0,
+        period_seconds: 1,
+        timeout_seconds: 1,
+        success_threshold: 1,
+        failure_threshold: 3,
+    }
 }
 
 /// What must hold at the end.
@@ -328,6 +359,12 @@ fn judge(scenario: &Scenario, world: &World, operation: &Operation) {
     );
     assert_eq!(verdict.phase == Phase::RolledBack, committed_back, "{verdict:?}");
     assert!(!(rehearsed && committed), "a rehearsal has moved the guest");
+    if scenario.readiness == Readiness::Never {
+        assert!(
+            !rehearsed && !committed,
+            "a clone that is not ready has taken over"
+        );
+    }
     if verdict.phase == Phase::RolledBack {
         let action = operation.action.as_ref().unwrap();
         assert_eq!((action.kind, &action.refused), (ActionType::Rollback, &None));
@@ -378,6 +415,7 @@ fn judge(scenario: &Scenario, world: &World, operation: &Operation) {
     let untouched = scenario.crash_at.is_empty() && scenario.faults.is_empty() && scenario.trouble == 0;
     if untouched && scenario.boot_fate == BootFate::Good && scenario.max_pause >= 300 * MS {
         let wanted = match (scenario.mode, scenario.rollback) {
+            _ if scenario.readiness == Readiness::Never => Phase::Failed,
             (CutoverMode::Automatic, Some(_)) => Phase::RolledBack,
             (CutoverMode::Automatic | CutoverMode::Rehearse, _) => Phase::Succeeded,
             // Nobody approves it.

@@ -141,6 +141,17 @@ impl Guest {
     }
 }
 
+/// Whether the clone answers its probes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    /// It is not asked.
+    Unasked,
+    Ready,
+    /// After two tries that fail.
+    Late,
+    Never,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BootFate {
     Good,
@@ -192,6 +203,9 @@ pub struct World {
     pub guest: Guest,
     pub clone: Option<Clone>,
     pub boot_fate: BootFate,
+    pub readiness: Readiness,
+    /// How often the probe that may fail was asked.
+    pub probed: u32,
     pub boot_time: i64,
     pub acknowledged: Content,
     pub serial: u64,
@@ -242,6 +256,8 @@ impl World {
             guest: Guest::boot(3, SOURCE, [0; FILES], 1_000 * SECOND),
             clone: None,
             boot_fate: BootFate::Good,
+            readiness: Readiness::Unasked,
+            probed: 0,
             boot_time,
             acknowledged: [0; FILES],
             serial: 0,
