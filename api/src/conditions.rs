@@ -90,6 +90,14 @@ pub mod reasons {
     pub const STEP_FAILED: &str = "StepFailed";
     /// It was aborted.
     pub const ABORTED: &str = "Aborted";
+    /// The clone waits for `spec.action: Proceed`, as `cutover.mode: Manual` asks.
+    pub const APPROVAL_REQUIRED: &str = "ApprovalRequired";
+    /// A rehearsal has succeeded: the clone was discarded, and the guest was left alone.
+    pub const REHEARSED: &str = "Rehearsed";
+    /// The clone did not answer as `cutover.readiness` asks.
+    pub const NOT_READY: &str = "NotReady";
+    /// The incarnation before is the guest again.
+    pub const ROLLED_BACK: &str = "RolledBack";
     /// The manifest is not valid.
     pub const INVALID: &str = "Invalid";
     /// It waits for a reboot of the host, or was undone for it.
@@ -237,7 +245,7 @@ impl From<Phase> for Standing {
     fn from(phase: Phase) -> Standing {
         match phase {
             Phase::Succeeded => Standing::Good,
-            Phase::Failed | Phase::Aborted => Standing::Bad,
+            Phase::RolledBack | Phase::Failed | Phase::Aborted => Standing::Bad,
             _ => Standing::Underway,
         }
     }
@@ -326,7 +334,7 @@ mod tests {
             assert!(conditions.iter().all(|c| !c.reason.is_empty()));
             let expected = match phase {
                 Phase::Succeeded => "Current",
-                Phase::Failed | Phase::Aborted => "Failed",
+                Phase::RolledBack | Phase::Failed | Phase::Aborted => "Failed",
                 _ => "InProgress",
             };
             assert_eq!(kstatus(&conditions), expected, "{phase}");

@@ -39,7 +39,13 @@ static SEAMLESS_REBOOT: LazyLock<Definition> = LazyLock::new(|| {
     define(
         rules::seamless_reboot(),
         &SeamlessReboot::crd(),
-        &[("status.phaseTransitions", None)],
+        &[
+            ("status.phaseTransitions", None),
+            ("spec.cutover.window.days", None),
+            ("spec.cutover.readiness", Some("name")),
+            ("spec.cutover.readiness[].exec.command", None),
+            ("status.result.readiness", Some("name")),
+        ],
     )
 });
 static HOST_UPDATE: LazyLock<Definition> = LazyLock::new(|| {

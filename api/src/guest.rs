@@ -367,6 +367,7 @@ pub fn asked_reboot(guest: &str, name: &str, reason: &str) -> SeamlessReboot {
         timeouts: Default::default(),
         retain_dormant_for: "10m".to_owned(),
         ttl_seconds_after_finished: None,
+        action: None,
     };
     SeamlessReboot::new(name, spec)
 }

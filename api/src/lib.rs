@@ -17,6 +17,7 @@ pub mod node_phase;
 pub mod node_update;
 pub mod phase;
 pub mod quantity;
+pub mod readiness;
 pub mod reboot;
 pub mod rollout;
 pub mod rules;

@@ -6,10 +6,11 @@ use serde::{Deserialize, Serialize};
 /// Phase of a SeamlessReboot.
 ///
 /// ```text
-/// Pending → Confirmed → Cloning → Rebooting → Integrating → CuttingOver → Succeeded
-///                                                  ▲             │ taken back
-///                                                  └─────────────┘
+/// Pending → Confirmed → Cloning → Rebooting → Integrating → (AwaitingCutover) → CuttingOver → Succeeded → (RolledBack)
+///                                                  ▲                                │ taken back
+///                                                  └────────────────────────────────┘
 /// anything before the commit point → Failed | Aborted
+/// a rehearsal: Integrating → Succeeded, and the guest was left alone
 /// ```
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema,
@@ -26,10 +27,15 @@ pub enum Phase {
     Rebooting,
     /// What the guest changed is written into the clone, round by round; the guest serves.
     Integrating,
+    /// The clone is ready, and waits for the approval of its cutover or for the window; the guest serves.
+    AwaitingCutover,
     /// The guest is held, the rest is integrated, and the clone takes its place.
     CuttingOver,
-    /// The clone is the guest.
+    /// The clone is the guest; or the clone was rehearsed and discarded, as `cutover.mode` asked.
     Succeeded,
+    /// The clone was the guest, and the incarnation before it is again: what was changed in between was
+    /// discarded.
+    RolledBack,
     /// It did not work; the guest has lost nothing and serves as before.
     Failed,
     /// It was taken back as asked; the guest has lost nothing and serves as before.
@@ -38,14 +44,16 @@ pub enum Phase {
 
 impl Phase {
     /// All phases, in order.
-    pub const ALL: [Phase; 9] = [
+    pub const ALL: [Phase; 11] = [
         Phase::Pending,
         Phase::Confirmed,
         Phase::Cloning,
         Phase::Rebooting,
         Phase::Integrating,
+        Phase::AwaitingCutover,
         Phase::CuttingOver,
         Phase::Succeeded,
+        Phase::RolledBack,
         Phase::Failed,
         Phase::Aborted,
     ];
@@ -58,22 +66,27 @@ impl Phase {
             Phase::Cloning => "Cloning",
             Phase::Rebooting => "Rebooting",
             Phase::Integrating => "Integrating",
+            Phase::AwaitingCutover => "AwaitingCutover",
             Phase::CuttingOver => "CuttingOver",
             Phase::Succeeded => "Succeeded",
+            Phase::RolledBack => "RolledBack",
             Phase::Failed => "Failed",
             Phase::Aborted => "Aborted",
         }
     }
 
-    /// Whether nothing follows.
+    /// Whether it is an end: nothing follows, unless somebody asks for a rollback.
     pub fn is_terminal(self) -> bool {
-        matches!(self, Phase::Succeeded | Phase::Failed | Phase::Aborted)
+        matches!(
+            self,
+            Phase::Succeeded | Phase::RolledBack | Phase::Failed | Phase::Aborted
+        )
     }
 
     /// Phases that may follow this one directly.
     ///
     /// `Pending → Succeeded` is a reboot whose `expect` holds already. `CuttingOver → Integrating` is a
-    /// cutover that was taken back. `CuttingOver → Failed | Aborted` happens before the commit point only;
+    /// cutover that was taken back, `Integrating → Succeeded` the end of a rehearsal. `CuttingOver → Failed | Aborted` happens before the commit point only;
     /// that the commit point lies within this phase is the engine's to know.
     pub fn successors(self) -> &'static [Phase] {
         use Phase::*;
@@ -82,9 +95,11 @@ impl Phase {
             Confirmed => &[Cloning, Failed, Aborted],
             Cloning => &[Rebooting, Failed, Aborted],
             Rebooting => &[Integrating, Failed, Aborted],
-            Integrating => &[CuttingOver, Failed, Aborted],
+            Integrating => &[AwaitingCutover, CuttingOver, Succeeded, Failed, Aborted],
+            AwaitingCutover => &[CuttingOver, Failed, Aborted],
             CuttingOver => &[Succeeded, Integrating, Failed, Aborted],
-            Succeeded | Failed | Aborted => &[],
+            Succeeded => &[RolledBack],
+            RolledBack | Failed | Aborted => &[],
         }
     }
 
@@ -113,9 +128,13 @@ mod tests {
             (Confirmed, Cloning),
             (Cloning, Rebooting),
             (Rebooting, Integrating),
+            (Integrating, AwaitingCutover),
             (Integrating, CuttingOver),
+            (Integrating, Succeeded),
+            (AwaitingCutover, CuttingOver),
             (CuttingOver, Integrating),
             (CuttingOver, Succeeded),
+            (Succeeded, RolledBack),
         ];
         for from in Phase::ALL {
             for to in Phase::ALL {
@@ -143,7 +162,8 @@ mod tests {
         }
         assert_eq!(reached.len(), Phase::ALL.len());
         for phase in Phase::ALL {
-            assert_eq!(phase.successors().is_empty(), phase.is_terminal(), "{phase}");
+            let ends = phase.is_terminal() && phase != Phase::Succeeded;
+            assert_eq!(phase.successors().is_empty(), ends, "{phase}");
         }
     }
 

@@ -7,12 +7,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::never_observed;
 use crate::phase::Phase;
+use crate::readiness::{Probe, ProbeResult};
+use crate::window::Window;
 
 /// One reboot of one guest.
 ///
 /// A clone of the guest reboots in the background while the guest serves; what the guest changed meanwhile
-/// is integrated into the clone; then the clone takes the guest's place. Runs once, like a Job. Nothing in
-/// it can be changed after it was made. Deleting it before the clone has taken over aborts it.
+/// is integrated into the clone; then the clone takes the guest's place. Runs once, like a Job. Nothing but
+/// `action` can be changed after it was made. Deleting it before the clone has taken over aborts it.
 #[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(
     group = "understudy.dev",
@@ -69,6 +71,11 @@ pub struct SeamlessRebootSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 31_536_000))]
     pub ttl_seconds_after_finished: Option<i64>,
+    /// What shall become of it now. Written by hand when it is wanted, by `kubectl patch` or a command of
+    /// `understudy-node`, and never kept in Git: what was taken in stands in `status.action`, and removing
+    /// the field afterwards changes nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub action: Option<Action>,
 }
 
 fn ten_minutes() -> String {
@@ -124,10 +131,66 @@ pub enum OnConflict {
     Fail,
 }
 
+/// What shall become of a reboot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Action {
+    /// What is asked for.
+    #[serde(rename = "type")]
+    pub kind: ActionType,
+    /// What becomes of that which the clone has changed since it took over: to be said for `Rollback`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changes: Option<Changes>,
+}
+
+/// What is asked of a reboot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum ActionType {
+    /// Approves the cutover of a reboot whose `cutover.mode` is `Manual`, at once or in advance.
+    Proceed,
+    /// Takes the reboot back: the clone is discarded, and the guest serves on. Refused once the clone has
+    /// taken over.
+    Abort,
+    /// Lets the incarnation before take the guest's place again, as long as it is dormant
+    /// (`retainDormantFor`). Before the clone has taken over it is an `Abort`.
+    Rollback,
+}
+
+impl ActionType {
+    /// Its name in the API.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            ActionType::Proceed => "Proceed",
+            ActionType::Abort => "Abort",
+            ActionType::Rollback => "Rollback",
+        }
+    }
+}
+
+/// What becomes of that which the clone has changed since it took over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Changes {
+    /// It is discarded.
+    Discard,
+}
+
 /// How the clone takes over.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Cutover {
+    /// Whether the clone takes over by itself.
+    #[serde(default)]
+    pub mode: CutoverMode,
+    /// When the clone may take over. Until then it waits in the phase `AwaitingCutover`, for
+    /// `timeouts.awaitingCutover` at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<Window>,
+    /// What the clone must answer before it takes over: a clone that is not ready fails the reboot, and the guest
+    /// has lost nothing. Asked one after the other when the guest's changes are integrated, again after a wait for
+    /// approval or window, and of a rehearsed clone before it is discarded; within `timeouts.integrating`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 8))]
+    pub readiness: Vec<Probe>,
     /// The longest that the guest may be held before the clone takes over, `100ms` to `2m`. A cutover
     /// that would take longer is taken back: the guest serves on and is integrated anew.
     #[serde(default = "ten_seconds")]
@@ -141,9 +204,26 @@ fn ten_seconds() -> String {
 impl Default for Cutover {
     fn default() -> Cutover {
         Cutover {
+            mode: CutoverMode::default(),
+            window: None,
+            readiness: Vec::new(),
             max_pause: ten_seconds(),
         }
     }
+}
+
+/// Whether the clone takes over by itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum CutoverMode {
+    /// As soon as it is ready.
+    #[default]
+    Automatic,
+    /// When it is ready and `action: Proceed` was asked for. It is kept up to date meanwhile, and its memory
+    /// stays in use.
+    Manual,
+    /// Never: it boots, the guest's changes are integrated, and it is discarded. The guest is left alone;
+    /// the result tells what a reboot would do.
+    Rehearse,
 }
 
 /// The longest that each phase may take, `1s` to `24h`; a phase that takes longer fails the reboot, which
@@ -163,6 +243,9 @@ pub struct Timeouts {
     /// All rounds together, of one attempt.
     #[serde(default = "thirty_minutes")]
     pub integrating: String,
+    /// Waiting for `action: Proceed` and for `cutover.window`.
+    #[serde(default = "one_day")]
+    pub awaiting_cutover: String,
 }
 
 fn five_minutes() -> String {
@@ -173,6 +256,10 @@ fn thirty_minutes() -> String {
     "30m".to_owned()
 }
 
+fn one_day() -> String {
+    "24h".to_owned()
+}
+
 impl Default for Timeouts {
     fn default() -> Timeouts {
         Timeouts {
@@ -180,6 +267,7 @@ impl Default for Timeouts {
             cloning: five_minutes(),
             rebooting: ten_minutes(),
             integrating: thirty_minutes(),
+            awaiting_cutover: one_day(),
         }
     }
 }
@@ -209,6 +297,9 @@ pub struct SeamlessRebootStatus {
     /// When each phase began, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub phase_transitions: Vec<PhaseTransition>,
+    /// The last `spec.action` that was taken in. It counts whatever the spec says afterwards.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub action: Option<ActionStatus>,
     /// Progress within the phase.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
@@ -231,11 +322,26 @@ impl Default for SeamlessRebootStatus {
             reason: None,
             message: None,
             phase_transitions: Vec::new(),
+            action: None,
             progress: None,
             result: None,
             conditions: Vec::new(),
         }
     }
+}
+
+/// A `spec.action` that was taken in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ActionStatus {
+    /// What was asked for.
+    #[serde(rename = "type")]
+    pub kind: ActionType,
+    /// When it was taken in.
+    pub time: Time,
+    /// Why it was not done; absent: it was done, or is being done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<String>,
 }
 
 /// A phase and when it began.
@@ -312,6 +418,13 @@ pub struct RebootResult {
     /// What could not be carried over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub remains: Option<Remains>,
+    /// How the probes of `cutover.readiness` ended, in their order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub readiness: Vec<ProbeResult>,
+    /// Interruption of a rollback as measured: from the holding of the clone to the first frame of the
+    /// incarnation that was dormant.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollback_interruption_milliseconds: Option<i64>,
     /// How often a cutover was taken back before this one.
     #[serde(default)]
     pub taken_back: i64,

@@ -42,6 +42,7 @@ const UNIT: &str = "^[A-Za-z0-9:_.@-]+[.](service|socket|timer|path)$";
 const TIME: &str = "^([01][0-9]|2[0-3]):[0-5][0-9]$";
 const TIME_ZONE: &str = "^[A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+)*$";
 const URL: &str = "^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?(/[A-Za-z0-9._~-]+)*/?$";
+const HTTP_PATH: &str = "^/[!-~]*$";
 const RELEASE: &str = "^[A-Za-z0-9][A-Za-z0-9._+~-]*$";
 
 /// Rules of a `Guest`.
@@ -160,20 +161,28 @@ pub fn guest() -> Vec<Rule> {
 pub fn seamless_reboot() -> Vec<Rule> {
     let mut rules = vec![
         name_of_object(),
-        change(
-            "spec",
-            "self == oldSelf",
-            |old, new| old == new,
-            "cannot be changed: a SeamlessReboot runs once; make another one under another name",
-        ),
+        all_but_action_stays(),
         change(
             "status",
-            "!has(oldSelf.phase) || !(oldSelf.phase in ['Succeeded', 'Failed', 'Aborted']) || (has(self.phase) && self.phase == oldSelf.phase)",
+            "!has(oldSelf.phase) || !(oldSelf.phase in ['Succeeded', 'RolledBack', 'Failed', 'Aborted']) || (has(self.phase) && (self.phase == oldSelf.phase || (oldSelf.phase == 'Succeeded' && self.phase == 'RolledBack')))",
             |old, new| {
-                !["Succeeded", "Failed", "Aborted"].contains(&str(&old["phase"]))
+                !["Succeeded", "RolledBack", "Failed", "Aborted"].contains(&str(&old["phase"]))
                     || old["phase"] == new["phase"]
+                    || (old["phase"] == "Succeeded" && new["phase"] == "RolledBack")
             },
             "phase cannot be changed any more: the reboot is finished",
+        ),
+        value(
+            "spec.action",
+            "has(self.changes) == (self.type == 'Rollback')",
+            |action| has(action, "changes") == (action["type"] == "Rollback"),
+            "must say 'changes: Discard' for the type Rollback, and only for it: what the guest has changed since the cutover is lost by it",
+        ),
+        value(
+            "spec.cutover",
+            "!has(self.window) || !has(self.mode) || self.mode != 'Rehearse'",
+            |cutover| !has(cutover, "window") || cutover["mode"] != "Rehearse",
+            "must not have a window in the mode Rehearse, which cuts over never",
         ),
         matches(
             "spec.guestName",
@@ -186,6 +195,12 @@ pub fn seamless_reboot() -> Vec<Rule> {
     rules.extend(expectation(
         "must be a kernel release as 'uname -r' prints it, such as 6.1.0-50-cloud-amd64",
     ));
+    rules.extend(window(
+        "spec.cutover.window.start",
+        "spec.cutover.window.end",
+        "spec.cutover.window.timeZone",
+    ));
+    rules.extend(readiness());
     for path in ["spec.services.hold[]", "spec.services.stop[]"] {
         rules.push(matches(
             path,
@@ -201,6 +216,7 @@ pub fn seamless_reboot() -> Vec<Rule> {
         ("spec.timeouts.cloning", "1s", "24h"),
         ("spec.timeouts.rebooting", "1s", "24h"),
         ("spec.timeouts.integrating", "1s", "24h"),
+        ("spec.timeouts.awaitingCutover", "1s", "24h"),
     ] {
         rules.push(matches(
             path,
@@ -245,14 +261,10 @@ pub fn host_update() -> Vec<Rule> {
         "must be a duration such as 500ms, 30s or 1h30m",
     ));
     rules.push(between("spec.returnTimeout", "1m", "24h"));
-    for path in ["spec.window.start", "spec.window.end"] {
-        rules.push(matches(path, TIME, 5, "must be a time of day such as 22:00"));
-    }
-    rules.push(matches(
+    rules.extend(window(
+        "spec.window.start",
+        "spec.window.end",
         "spec.window.timeZone",
-        TIME_ZONE,
-        64,
-        "must be the name of a time zone, such as Europe/Berlin",
     ));
     rules.push(matches(
         "spec.blockers[].name",
@@ -386,6 +398,80 @@ fn how_to_update() -> Vec<Rule> {
     rules
 }
 
+/// Fields of a SeamlessReboot's spec that stay as they were made: all but `action`.
+const FIXED: [&str; 9] = [
+    "guestName",
+    "reason",
+    "expect",
+    "services",
+    "capture",
+    "cutover",
+    "timeouts",
+    "retainDormantFor",
+    "ttlSecondsAfterFinished",
+];
+
+/// CEL has no word for an object without one of its fields, so that each of the others is named.
+fn all_but_action_stays() -> Rule {
+    let stays = FIXED.map(|field| {
+        format!(
+            "has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})"
+        )
+    });
+    change(
+        "spec",
+        &stays.join(" && "),
+        |old, new| FIXED.iter().all(|field| old.get(field) == new.get(field)),
+        "cannot be changed but for its action: a SeamlessReboot runs once; make another one under another name",
+    )
+}
+
+/// What the probes of a clone may say.
+fn readiness() -> [Rule; 4] {
+    const KINDS: [&str; 3] = ["httpGet", "tcpSocket", "exec"];
+    [
+        matches(
+            "spec.cutover.readiness[].name",
+            DNS_LABEL,
+            63,
+            "must be lower-case letters, digits and '-', such as page",
+        ),
+        value(
+            "spec.cutover.readiness[]",
+            "(has(self.httpGet) ? 1 : 0) + (has(self.tcpSocket) ? 1 : 0) + (has(self.exec) ? 1 : 0) == 1",
+            |probe| KINDS.iter().filter(|kind| has(probe, kind)).count() == 1,
+            "must have exactly one of httpGet, tcpSocket and exec; make a probe of its own for each question",
+        ),
+        matches(
+            "spec.cutover.readiness[].httpGet.path",
+            HTTP_PATH,
+            1024,
+            "must be a path such as /healthz: it begins with '/', and what is not printable ASCII is percent-encoded",
+        ),
+        value(
+            "spec.cutover.readiness[].exec.command",
+            "self[0].size() > 0",
+            |command| !str(&command[0]).is_empty(),
+            "must begin with the program to run",
+        ),
+    ]
+}
+
+/// What a window may say.
+fn window(start: &'static str, end: &'static str, time_zone: &'static str) -> Vec<Rule> {
+    let time = |path| matches(path, TIME, 5, "must be a time of day such as 22:00");
+    vec![
+        time(start),
+        time(end),
+        matches(
+            time_zone,
+            TIME_ZONE,
+            64,
+            "must be the name of a time zone, such as Europe/Berlin",
+        ),
+    ]
+}
+
 /// What `expect` may say.
 fn expectation(release: &str) -> [Rule; 2] {
     [
@@ -490,10 +576,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn every_field_of_a_reboot_but_its_action_stays() {
+        let schema = crate::crd::Kind::SeamlessReboot.schema();
+        let fields = schema["properties"]["spec"]["properties"].as_object().unwrap();
+        let mut fields: Vec<&str> = fields.keys().map(String::as_str).collect();
+        fields.retain(|field| *field != "action");
+        let mut fixed = FIXED;
+        fixed.sort_unstable();
+        fields.sort_unstable();
+        assert_eq!(fields, fixed);
+    }
+
+    #[test]
     fn every_pattern_compiles_and_needs_no_escape_in_cel() {
         for pattern in [
             DNS_LABELS, DNS_LABEL, DURATION, MEMORY, FILE, INTERFACE, MAC, UNIT, RELEASE, TIME, TIME_ZONE,
-            URL,
+            URL, HTTP_PATH,
         ] {
             assert!(Regex::new(pattern).is_ok(), "{pattern}");
             assert!(!pattern.contains(['\\', '\'']), "{pattern}");

@@ -59,6 +59,49 @@ fn a_reboot_cannot_be_changed_and_a_finished_one_does_not_run_again() {
 }
 
 #[test]
+fn only_the_action_of_a_reboot_may_change_and_a_rollback_says_what_it_costs() {
+    let old = reboot("AwaitingCutover");
+    for action in [
+        json!({"type": "Proceed"}),
+        json!({"type": "Abort"}),
+        json!({"type": "Rollback", "changes": "Discard"}),
+    ] {
+        let mut new = old.clone();
+        new["spec"]["action"] = action;
+        assert_eq!(validate_change(Kind::SeamlessReboot, &old, &new), []);
+        // Taken out again, as Git does it.
+        assert_eq!(validate_change(Kind::SeamlessReboot, &new, &old), []);
+        new["spec"]["reason"] = json!("another one");
+        assert_eq!(validate_change(Kind::SeamlessReboot, &old, &new).len(), 1);
+    }
+    for (action, words) in [
+        (json!({"type": "Rollback"}), "changes: Discard"),
+        (
+            json!({"type": "Proceed", "changes": "Discard"}),
+            "changes: Discard",
+        ),
+        (json!({"type": "Rollback", "changes": "CarryBack"}), "Discard"),
+        (json!({"type": "Continue"}), "Proceed"),
+    ] {
+        let mut new = old.clone();
+        new["spec"]["action"] = action;
+        let errors = validate_change(Kind::SeamlessReboot, &old, &new);
+        assert_eq!(errors.len(), 1, "{errors:?}");
+        let text = errors[0].to_string();
+        assert!(text.starts_with("spec.action") && text.contains(words), "{text}");
+    }
+    let rolled_back = reboot("RolledBack");
+    assert_eq!(
+        validate_change(Kind::SeamlessReboot, &reboot("Succeeded"), &rolled_back),
+        []
+    );
+    for phase in ["Failed", "Aborted"] {
+        let errors = validate_change(Kind::SeamlessReboot, &reboot(phase), &rolled_back);
+        assert_eq!(errors.len(), 1, "{phase}");
+    }
+}
+
+#[test]
 fn a_long_value_is_shown_shortened() {
     let mut bad = guest();
     bad["spec"]["cpus"] = json!("é".repeat(200));

@@ -18,6 +18,8 @@ pub const PORT: u32 = 1024;
 /// Oldest protocol version that this code speaks.
 pub const VERSION_MIN: u32 = 1;
 /// Newest protocol version that this code speaks.
-pub const VERSION_MAX: u32 = 2;
+pub const VERSION_MAX: u32 = 3;
 /// First version that knows [`Request::Resumed`].
 pub const RESUMED_VERSION: u32 = 2;
+/// First version that knows [`Request::Probe`].
+pub const PROBE_VERSION: u32 = 3;

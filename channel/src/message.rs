@@ -118,6 +118,50 @@ pub enum Request {
         /// The host's real time (`CLOCK_REALTIME`) when this was sent, in microseconds since 1970.
         real_us: i64,
     },
+    /// Asks the clone once whether it is ready. Answered by [`Reply::Probed`] at the latest a moment after
+    /// `timeout_ms`. From [`crate::PROBE_VERSION`] on.
+    Probe {
+        /// What is asked.
+        probe: Probe,
+        /// Milliseconds that the answer may take.
+        timeout_ms: u32,
+    },
+}
+
+/// How a clone is asked whether it is ready.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Probe {
+    /// `GET` over HTTP, to a port of the loopback.
+    Http {
+        /// Port.
+        port: u16,
+        /// Path with its query: printable ASCII, from `/` on.
+        path: String,
+    },
+    /// A TCP connection to a port of the loopback.
+    Tcp {
+        /// Port.
+        port: u16,
+    },
+    /// A command, as root.
+    Exec {
+        /// Program with arguments.
+        command: Vec<String>,
+    },
+}
+
+/// Most arguments of a [`Probe::Exec`], the program included.
+pub const MAX_ARGUMENTS: usize = 32;
+/// Longest message of a [`Probed`], in bytes.
+pub const MAX_PROBED: usize = 1024;
+
+/// Answer to [`Request::Probe`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Probed {
+    /// Whether it is ready.
+    pub ready: bool,
+    /// What was seen, for people; at most [`MAX_PROBED`] bytes.
+    pub message: String,
 }
 
 /// What the guest answers in a control session.
@@ -145,6 +189,8 @@ pub enum Reply {
     Activated(Activated),
     /// To [`Request::Resumed`].
     Resumed(Resumed),
+    /// To [`Request::Probe`].
+    Probed(Probed),
     /// Not carried out.
     Refused(Refusal),
     /// Unasked, between answers.

@@ -186,7 +186,47 @@ impl Validate for Request {
                 }
             }
             Self::Resumed { real_us } => real_time(*real_us),
+            Self::Probe { probe, timeout_ms } => {
+                probe.validate()?;
+                bounded("timeout_ms", *timeout_ms)
+            }
         }
+    }
+}
+
+impl Validate for Probe {
+    fn validate(&self) -> Result {
+        match self {
+            Self::Http { port, path } => {
+                self::port(*port)?;
+                within("path", path.len(), MAX_TEXT)?;
+                // A blank or a line break would end the request's first line early.
+                if !path.starts_with('/') || !path.bytes().all(|byte| byte.is_ascii_graphic()) {
+                    return invalid("path", "is not printable ASCII from '/' on");
+                }
+                Ok(())
+            }
+            Self::Tcp { port } => self::port(*port),
+            Self::Exec { command } => {
+                within("command", command.len(), MAX_ARGUMENTS)?;
+                if command.first().is_none_or(String::is_empty) {
+                    return invalid("command", "names no program");
+                }
+                list("command", command, |argument| {
+                    if argument.contains('\0') {
+                        return invalid("command", "has a NUL in it");
+                    }
+                    text("command", argument)
+                })
+            }
+        }
+    }
+}
+
+fn port(port: u16) -> Result {
+    match port {
+        0 => invalid("port", "is 0"),
+        _ => Ok(()),
     }
 }
 
@@ -205,11 +245,15 @@ fn real_time(micros: i64) -> Result {
 }
 
 fn watchdog(milliseconds: u32) -> Result {
+    bounded("watchdog_ms", milliseconds)
+}
+
+fn bounded(field: &'static str, milliseconds: u32) -> Result {
     if (1..=MAX_WATCHDOG_MS).contains(&milliseconds) {
         Ok(())
     } else {
         invalid(
-            "watchdog_ms",
+            field,
             format!("is {milliseconds}, not between 1 and {MAX_WATCHDOG_MS}"),
         )
     }
@@ -230,6 +274,7 @@ impl Validate for Reply {
                     text("failed", reason)
                 })
             }
+            Self::Probed(probed) => within("message", probed.message.len(), MAX_PROBED),
             Self::Refused(refusal) => refusal.validate(),
             Self::Notice(notice) => notice.validate(),
         }
@@ -457,5 +502,48 @@ mod tests {
         for nonsense in [0, -1, i64::MIN, i64::MAX, 1_764_000_000] {
             assert!(resumed(nonsense).is_err(), "{nonsense}");
         }
+    }
+
+    #[test]
+    fn a_probe_asks_one_thing_and_cannot_be_made_to_ask_another() {
+        let probe = |probe| Request::Probe {
+            probe,
+            timeout_ms: 1000,
+        };
+        let http = |port, path: &str| {
+            probe(Probe::Http {
+                port,
+                path: path.to_owned(),
+            })
+        };
+        let exec = |command: &[&str]| {
+            probe(Probe::Exec {
+                command: command.iter().map(|word| (*word).to_owned()).collect(),
+            })
+        };
+        for good in [
+            http(80, "/healthz?full=1"),
+            exec(&["/bin/true", ""]),
+            probe(Probe::Tcp { port: 1 }),
+        ] {
+            assert_eq!(good.validate(), Ok(()), "{good:?}");
+        }
+        for bad in [
+            http(0, "/"),
+            http(80, "healthz"),
+            http(80, "/ HTTP/1.1\r\nHost: x"),
+            exec(&[]),
+            exec(&[""]),
+            exec(&["a\0b"]),
+            exec(&["x"; MAX_ARGUMENTS + 1]),
+            probe(Probe::Tcp { port: 0 }),
+        ] {
+            assert!(bad.validate().is_err(), "{bad:?}");
+        }
+        let long = Reply::Probed(Probed {
+            ready: true,
+            message: "a".repeat(MAX_PROBED + 1),
+        });
+        assert!(long.validate().is_err());
     }
 }

@@ -93,6 +93,18 @@ fn request() -> impl Strategy<Value = Request> {
             answer: Err(reason)
         }),
         (1_577_836_800_000_000i64..7_258_118_400_000_000).prop_map(|real_us| Request::Resumed { real_us }),
+        (1u16.., "/[!-~]{0,40}", 1u32..60_000).prop_map(|(port, path, timeout_ms)| Request::Probe {
+            probe: Probe::Http { port, path },
+            timeout_ms
+        }),
+        ("[^\0]{1,40}", "[^\0]{0,40}", 1u32..60_000).prop_map(|(program, argument, timeout_ms)| {
+            Request::Probe {
+                probe: Probe::Exec {
+                    command: vec![program, argument],
+                },
+                timeout_ms,
+            }
+        }),
     ]
 }
 

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use understudy_channel::{FrameError, Notice, Refusal, Reply, Request, read_message, write_frame};
 
@@ -126,6 +127,10 @@ fn answer(agent: &Arc<Agent>, request: Request) -> Reply {
             Ok(Reply::Done)
         }
         Request::Resumed { real_us } => resumed::resumed(real_us).map(Reply::Resumed),
+        Request::Probe { probe, timeout_ms } => {
+            let timeout = Duration::from_millis(u64::from(timeout_ms));
+            Ok(Reply::Probed(crate::probe::probe(&probe, timeout)))
+        }
     };
     result.unwrap_or_else(|reason| Reply::Refused(Refusal { reason }))
 }

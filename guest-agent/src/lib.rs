@@ -29,6 +29,7 @@ pub mod mounts;
 pub mod network;
 pub mod place;
 pub mod plan;
+pub mod probe;
 pub mod read;
 pub mod remains;
 pub mod resumed;

@@ -2,6 +2,7 @@
 //! It stands alone on a directory of manifests; what it takes specs from and reports to is behind traits.
 #![forbid(unsafe_code)]
 
+mod actions;
 pub mod agent;
 pub mod cli;
 pub mod cluster;

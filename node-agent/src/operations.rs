@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use jiff::Timestamp;
 use understudy_api::conditions::{self, reasons};
+use understudy_api::reboot::ActionType;
 use understudy_api::{Phase, SeamlessReboot};
 use uuid::Uuid;
 
@@ -68,6 +69,9 @@ pub fn pass(node: &Arc<Node>) {
         let phase = reboot.status.as_ref().and_then(|status| status.phase);
         if phase.is_some_and(Phase::is_terminal) {
             expire(node, &reboot);
+            if !node.is_stopping() {
+                crate::actions::pass(node, &reboot);
+            }
         } else if !node.is_stopping() {
             begin(node, &reboot);
         }
@@ -82,11 +86,8 @@ fn key(text: &str) -> Option<Key> {
 fn begin(node: &Arc<Node>, reboot: &SeamlessReboot) {
     let (reboot_key, uid) = (reboot.key(), reboot.uid());
     let guest_key = Key::new(reboot_key.namespace.clone(), reboot.spec.guest_name.clone());
-    if let Some(there) = node.in_flight(&guest_key) {
-        if there.uid != uid {
-            let message = format!("waits for SeamlessReboot {} of the same guest", there.reboot.name);
-            tell(node, reboot, Phase::Pending, reasons::GUEST_BUSY, &message);
-        }
+    let there = node.in_flight(&guest_key);
+    if there.as_ref().is_some_and(|there| there.uid == uid) {
         return;
     }
     if reboot.is_deleting() {
@@ -98,6 +99,25 @@ fn begin(node: &Arc<Node>, reboot: &SeamlessReboot) {
             reasons::ABORTED,
             "deleted before it began",
         );
+        return;
+    }
+    let asked = reboot.spec.action.as_ref().map(|action| action.kind);
+    if let Some(kind @ (ActionType::Abort | ActionType::Rollback)) = asked
+        && !node.journal.has(&uid)
+    {
+        crate::actions::latch(node, reboot, kind);
+        tell(
+            node,
+            reboot,
+            Phase::Aborted,
+            reasons::ABORTED,
+            "aborted by spec.action before it began",
+        );
+        return;
+    }
+    if let Some(there) = there {
+        let message = format!("waits for SeamlessReboot {} of the same guest", there.reboot.name);
+        tell(node, reboot, Phase::Pending, reasons::GUEST_BUSY, &message);
         return;
     }
     if node.work.holds_operations() {
@@ -173,7 +193,8 @@ fn expire(node: &Node, reboot: &SeamlessReboot) {
     }
 }
 
-fn start(node: &Arc<Node>, guest: Key, reboot: Key, operation: Operation, recovered: bool) {
+/// Has a driver run an operation.
+pub(crate) fn start(node: &Arc<Node>, guest: Key, reboot: Key, operation: Operation, recovered: bool) {
     let in_flight = InFlight {
         reboot: reboot.clone(),
         uid: operation.uid.clone(),

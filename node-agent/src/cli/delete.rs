@@ -61,7 +61,7 @@ struct StillThere {
     seconds: u64,
 }
 
-fn limit(text: &str) -> Result<Duration, String> {
+pub(super) fn limit(text: &str) -> Result<Duration, String> {
     duration::parse(text).ok_or_else(|| format!("{text:?} is not a duration such as 30s or 5m"))
 }
 

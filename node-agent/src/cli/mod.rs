@@ -1,5 +1,6 @@
 //! The command line: names, output and flags that a kubectl user guesses right.
 
+mod action;
 mod delete;
 mod discard;
 mod hosts;
@@ -66,6 +67,20 @@ enum Command {
     /// is deleted before its clone has taken over is aborted; so is a host update whose host is not rebooting
     /// yet.
     Delete(delete::Arguments),
+    /// Approve the cutover of a seamless reboot whose cutover.mode is Manual
+    ///
+    /// The clone takes over as soon as it is ready and cutover.window, if any, is open.
+    Approve(action::Arguments),
+    /// Abort a seamless reboot whose clone has not taken over yet
+    ///
+    /// The clone is discarded, and the guest serves on. Unlike `delete` this keeps the SeamlessReboot, with what it
+    /// tells.
+    Abort(action::Arguments),
+    /// Let the incarnation before a seamless reboot take the guest's place again
+    ///
+    /// As long as it is dormant (retainDormantFor). It goes on where it was paused; what the guest has changed since
+    /// then is discarded.
+    Rollback(action::RollbackArguments),
     /// Give up the saved session of a guest, so that it boots anew
     ///
     /// For a session that cannot be resumed, as `status` tells. What was in the guest's memory is lost; its
@@ -134,6 +149,18 @@ fn execute(cli: Cli) -> Result<(), Box<dyn Error>> {
         Command::Delete(arguments) => {
             config.check()?;
             delete::run(&config, &arguments)?;
+        }
+        Command::Approve(arguments) => {
+            config.check()?;
+            action::approve(&config, &arguments)?;
+        }
+        Command::Abort(arguments) => {
+            config.check()?;
+            action::abort(&config, &arguments)?;
+        }
+        Command::Rollback(arguments) => {
+            config.check()?;
+            action::rollback(&config, &arguments)?;
         }
         Command::DiscardSession(arguments) => {
             config.check()?;
@@ -207,6 +234,9 @@ mod tests {
             "status host",
             "delete hostupdate kernel",
             "discard-session default/web --yes",
+            "approve kernel -n web",
+            "abort kernel --wait=false",
+            "rollback kernel -n web --discard-changes --timeout 1m",
             "pod",
             "pod --host-root /host --server https://10.0.0.1:443 --listen 127.0.0.1:9465",
             "on-host -- systemctl restart understudy-node.service",

@@ -55,14 +55,26 @@ pub(super) fn tables(list: &List, wide: bool, now: Timestamp) -> String {
     }
     for reboot in &list.reboots {
         let status = reboot.status.clone().unwrap_or_default();
-        let bad = matches!(status.phase, Some(Phase::Failed | Phase::Aborted));
-        let waits = status.phase == Some(Phase::Pending);
+        let bad = matches!(
+            status.phase,
+            Some(Phase::RolledBack | Phase::Failed | Phase::Aborted)
+        );
+        let waits = matches!(status.phase, Some(Phase::Pending | Phase::AwaitingCutover));
         if let Some(message) = status
             .message
             .filter(|message| (bad || waits) && !message.is_empty())
         {
             let reason = status.reason.unwrap_or_default();
             text.push_str(&format!("\nreboot {}: {reason}: {message}\n", reboot.key()));
+        }
+        if let Some(action) = status.action
+            && let Some(refused) = action.refused
+        {
+            let kind = action.kind.as_str();
+            text.push_str(&format!(
+                "\nreboot {}: {kind} was refused: {refused}\n",
+                reboot.key()
+            ));
         }
     }
     for problem in &list.problems {
@@ -199,9 +211,10 @@ fn bar(percent: Option<i32>, phase: Phase) -> String {
         Phase::Cloning => (5, 10),
         Phase::Rebooting => (10, 70),
         Phase::Integrating => (70, 92),
+        Phase::AwaitingCutover => (92, 92),
         Phase::CuttingOver => (92, 99),
         Phase::Succeeded => (100, 100),
-        Phase::Failed | Phase::Aborted => return "-".to_owned(),
+        Phase::RolledBack | Phase::Failed | Phase::Aborted => return "-".to_owned(),
     };
     let share = percent.unwrap_or(0).clamp(0, 100);
     let whole = (from + (to - from) * share / 100).clamp(0, 100);

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use serde_json::json;
 use understudy_api::conditions::types;
 use understudy_api::guest::{DeletionPolicy, GuestPhase};
+use understudy_api::reboot::ActionType;
 use understudy_api::{Guest, NodeUpdate, NodeUpdatePhase, Phase, SeamlessReboot, Time};
 
 use super::*;
@@ -118,6 +119,27 @@ fn of_a_known_object_the_spec_comes_in_and_our_status_stays() {
     remote.status.as_mut().unwrap().conditions = vec![accepted("False")];
     let merged = written(step(Some(&merged), Some(&remote), &facts(true, false)));
     assert!(!merged.has(types::ACCEPTED));
+}
+
+#[test]
+fn an_action_comes_in_even_when_all_is_over_and_is_not_taken_back_by_taking_it_out() {
+    let local = reboot("u", Some(Phase::Succeeded));
+    let mut remote = local.clone();
+    remote.metadata.generation = Some(2);
+    remote.spec.action = Some(understudy_api::reboot::Action {
+        kind: ActionType::Rollback,
+        changes: Some(understudy_api::reboot::Changes::Discard),
+    });
+    let asked = written(step(Some(&local), Some(&remote), &facts(true, false)));
+    assert_eq!(asked.spec.action, remote.spec.action);
+    assert_eq!(asked.generation(), 2);
+    // Git's next sync.
+    remote.spec.action = None;
+    remote.metadata.generation = Some(3);
+    let kept = written(step(Some(&asked), Some(&remote), &facts(true, false)));
+    assert_eq!(kept.spec.action, asked.spec.action);
+    assert_eq!(kept.generation(), 3);
+    assert_eq!(step(Some(&kept), Some(&remote), &facts(true, false)), Step::Keep);
 }
 
 #[test]

@@ -11,9 +11,10 @@ use understudy_api::managers::{AGENT, OPERATOR};
 /// Fields of an assigned object's status that the operator writes.
 const ASSIGNMENT: [&str; 3] = ["nodeName", "nodeUID", "credential"];
 /// Of these a change is told at once; of conditions their status, as [`headline`] says.
-const HEADLINES: [&str; 8] = [
+const HEADLINES: [&str; 9] = [
     "phase",
     "credentialRequest",
+    "action",
     "rebootRequest",
     "incarnation",
     "bootID",

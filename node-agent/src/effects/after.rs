@@ -15,7 +15,7 @@ use crate::host;
 use crate::network::ensure_tap;
 use crate::vmm::Instance;
 
-fn retry(error: impl std::fmt::Display) -> EffectError {
+pub(super) fn retry(error: impl std::fmt::Display) -> EffectError {
     EffectError::new(ErrorKind::Retry, error.to_string())
 }
 
@@ -112,6 +112,12 @@ impl World {
     pub(super) fn do_discard_clone(&mut self, operation: &Operation) -> Effected<()> {
         let (_, resolved) = self.resolved()?;
         let owner = self.owner(&resolved)?;
+        if operation.rollback.is_some() {
+            self.node
+                .records
+                .set_dormant(&resolved.uid, None)
+                .map_err(retry)?;
+        }
         discard_layer(&resolved, Some(&owner), &[], operation.clone_layer)
             .map_err(|error| EffectError::new(ErrorKind::Refused, error.to_string()))?;
         if let Some(instance) = self.clone_record(operation, &resolved.uid) {
@@ -124,7 +130,7 @@ impl World {
     pub(super) fn do_cold_boot(&mut self, operation: &Operation) -> Effected<()> {
         let (_, resolved) = self.resolved()?;
         let owner = self.owner(&resolved)?;
-        let beyond = owner.incarnation > operation.clone_incarnation();
+        let beyond = owner.epoch > operation.last_epoch();
         if beyond
             && self
                 .node
@@ -153,6 +159,7 @@ impl World {
         }
         let dormant = Dormant {
             incarnation,
+            operation: Some(operation.uid.clone()),
             layer: operation.guest_layer,
             deadline: Timestamp::from_microsecond(deadline.unix_us).unwrap_or(Timestamp::UNIX_EPOCH),
         };
@@ -194,7 +201,7 @@ impl World {
 }
 
 /// When the first frame went out to the taps, as the clone's VMM noted it: the end of the interruption.
-fn first_frame(instance: &Instance) -> Option<Moment> {
+pub(super) fn first_frame(instance: &Instance) -> Option<Moment> {
     let info = instance.client().info().ok()?;
     let sent = info
         .interfaces

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use understudy_api::conditions::reasons;
-use understudy_channel::{Description, Interface, Reply, Request};
+use understudy_channel::{Description, Interface, PROBE_VERSION, Reply, Request};
 use understudy_vmm_control::api::{PrepareSplit, Split, VmState};
 use understudy_vmm_control::config::Role;
 
@@ -89,6 +89,12 @@ impl World {
                 "{error}; a guest is rebooted seamlessly with the help of its agent: `understudy-guest install`"
             ))
         })?;
+        let version = link.heard().version;
+        if version < PROBE_VERSION && !operation.plan.readiness.is_empty() {
+            return Err(unfit(format!(
+                "the guest's agent (protocol version {version}) is too old for cutover.readiness, which needs version {PROBE_VERSION}; `understudy-guest install` brings a newer one"
+            )));
+        }
         if !description.boot_complete {
             return Err(not_yet(format!(
                 "the guest is still booting ({})",

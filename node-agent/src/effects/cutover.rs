@@ -11,18 +11,12 @@ use super::{AGENT, AGENT_SLOW, World};
 use crate::handover::effects::Sealed;
 use crate::handover::{EffectError, Effected, ErrorKind, Operation};
 use crate::host;
+use crate::vmm::Instance;
 
 impl World {
     fn hold(&self, operation: &Operation, gates: Gates, lease_ms: u64) -> Effected<HoldReport> {
         let (_, instance) = self.guest_vmm(operation)?;
-        let request = HoldRequest {
-            gates,
-            lease_ms: lease_ms.clamp(1, 600_000),
-        };
-        instance
-            .client()
-            .hold(&request)
-            .map_err(|error| Side::Guest.vmm(&instance, &error))
+        hold(Side::Guest, &instance, gates, lease_ms)
     }
 
     pub(super) fn do_hold_ingress(&mut self, operation: &Operation, lease_ms: u64) -> Effected<()> {
@@ -96,22 +90,7 @@ impl World {
 
     pub(super) fn do_release(&mut self, operation: &Operation) -> Effected<()> {
         let (_, instance) = self.guest_vmm(operation)?;
-        match instance.client().release() {
-            Ok(_) => Ok(()),
-            Err(error @ ClientError::Refused { .. }) => {
-                let info = instance
-                    .client()
-                    .info()
-                    .map_err(|error| Side::Guest.vmm(&instance, &error))?;
-                match info.state {
-                    VmState::Dormant => Ok(()),
-                    VmState::Exited => Err(Side::Guest.gone("the guest has stopped".to_owned())),
-                    // Not expected; whoever refuses now may not refuse later.
-                    _ => Err(EffectError::new(ErrorKind::Retry, error.to_string())),
-                }
-            }
-            Err(error) => Err(Side::Guest.vmm(&instance, &error)),
-        }
+        release(Side::Guest, &instance)
     }
 
     pub(super) fn do_thaw_userland(&mut self, operation: &Operation) -> Effected<()> {
@@ -138,7 +117,39 @@ impl World {
     }
 }
 
-fn lapsed() -> EffectError {
+/// Closes gates of a VMM.
+pub(super) fn hold(side: Side, instance: &Instance, gates: Gates, lease_ms: u64) -> Effected<HoldReport> {
+    let request = HoldRequest {
+        gates,
+        lease_ms: lease_ms.clamp(1, 600_000),
+    };
+    instance
+        .client()
+        .hold(&request)
+        .map_err(|error| side.vmm(instance, &error))
+}
+
+/// Opens all gates of a VMM, unless it is dormant.
+pub(super) fn release(side: Side, instance: &Instance) -> Effected<()> {
+    match instance.client().release() {
+        Ok(_) => Ok(()),
+        Err(error @ ClientError::Refused { .. }) => {
+            let info = instance
+                .client()
+                .info()
+                .map_err(|error| side.vmm(instance, &error))?;
+            match info.state {
+                VmState::Dormant => Ok(()),
+                VmState::Exited => Err(side.gone(format!("{} has stopped", side.name()))),
+                // Not expected; whoever refuses now may not refuse later.
+                _ => Err(EffectError::new(ErrorKind::Retry, error.to_string())),
+            }
+        }
+        Err(error) => Err(side.vmm(instance, &error)),
+    }
+}
+
+pub(super) fn lapsed() -> EffectError {
     EffectError::new(
         ErrorKind::Lapsed,
         "the lease ran out before the next step, so the guest went on in between",

@@ -5,6 +5,8 @@ mod before;
 mod cutover;
 mod errors;
 mod integrate;
+mod probe;
+mod rollback;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -17,8 +19,11 @@ use understudy_vmm_control::owner::Owner;
 
 use crate::guest_agent::Link;
 use crate::guests::{Resolved, resolve};
-use crate::handover::effects::{Activation, CloneBoot, Preflight, Round, Sealed, SplitOutcome};
-use crate::handover::{EffectError, Effected, Effects, ErrorKind, Moment, Operation};
+use crate::handover::approval::is_news;
+use crate::handover::effects::{
+    Activation, Answer, CloneBoot, Dormancy, Preflight, Round, Sealed, SplitOutcome,
+};
+use crate::handover::{Asked, EffectError, Effected, Effects, ErrorKind, Moment, Operation};
 use crate::host;
 use crate::node::Node;
 use crate::store::{Key, Object};
@@ -113,10 +118,17 @@ impl World {
     /// What failed, seen again: where a guest has crashed its VMM lives on, to tell why, and whatever is asked
     /// of it fails in one way or another. Trying again is no use then.
     fn unless_stopped<T>(&self, operation: &Operation, result: Effected<T>) -> Effected<T> {
-        let error = match result {
-            Err(error) if matches!(error.kind, ErrorKind::Retry | ErrorKind::Refused) => error,
-            other => return other,
-        };
+        match result {
+            Err(error) if matches!(error.kind, ErrorKind::Retry | ErrorKind::Refused) => {
+                self.both_run(operation)?;
+                Err(error)
+            }
+            other => other,
+        }
+    }
+
+    /// That neither guest nor clone is known to have stopped.
+    fn both_run(&self, operation: &Operation) -> Effected<()> {
         let sides = [
             (operation.guest_incarnation(), Side::Guest),
             (operation.clone_incarnation(), Side::Clone),
@@ -130,7 +142,7 @@ impl World {
                 return Err(side.gone(format!("{} has stopped: {why}", side.name())));
             }
         }
-        Err(error)
+        Ok(())
     }
 
     /// A client for requests that wait for requests in flight, flush or copy.
@@ -155,21 +167,21 @@ impl Effects for World {
         host::moment()
     }
 
-    fn wait(&mut self, until: Moment) {
+    fn wait(&mut self, operation: &Operation, until: Moment) {
         let micros = until.boot_us - host::moment().boot_us;
         let Ok(micros) = u64::try_from(micros) else { return };
         let deadline = Instant::now() + Duration::from_micros(micros);
         while !self.must_stop() {
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || self.is_abort_asked().is_some() {
+            if left.is_zero() || is_news(operation, &self.what_is_asked()) {
                 return;
             }
             std::thread::sleep(left.min(LOOK));
         }
     }
 
-    fn abort_requested(&mut self, _operation: &Operation) -> Option<String> {
-        self.is_abort_asked()
+    fn asked(&mut self, _operation: &Operation) -> Asked {
+        self.what_is_asked()
     }
 
     fn must_stop(&mut self) -> bool {
@@ -211,6 +223,21 @@ impl Effects for World {
     fn integrate(&mut self, operation: &Operation, last: bool, deadline: Option<Moment>) -> Effected<Round> {
         let result = self.do_integrate(operation, last, deadline);
         self.unless_stopped(operation, result)
+    }
+
+    fn probe(&mut self, operation: &Operation) -> Effected<Answer> {
+        let result = self.do_probe(operation);
+        self.unless_stopped(operation, result)
+    }
+
+    fn watch(&mut self, operation: &Operation) -> Effected<()> {
+        let gone = |result: Effected<()>| match result {
+            Err(error) if matches!(error.kind, ErrorKind::GuestGone | ErrorKind::CloneGone) => Err(error),
+            _ => Ok(()),
+        };
+        gone(self.guest_vmm(operation).map(drop))?;
+        gone(self.clone_vmm(operation).map(drop))?;
+        self.both_run(operation)
     }
 
     fn hold_ingress(&mut self, operation: &Operation, lease_ms: u64) -> Effected<()> {
@@ -290,23 +317,50 @@ impl Effects for World {
     fn retire(&mut self, operation: &Operation, deadline: Moment) -> Effected<()> {
         self.do_retire(operation, deadline)
     }
+
+    fn find_dormant(&mut self, operation: &Operation) -> Effected<Dormancy> {
+        self.do_find_dormant(operation)
+    }
+
+    fn hold_clone(&mut self, operation: &Operation, lease_ms: u64) -> Effected<u64> {
+        self.do_hold_clone(operation, lease_ms)
+    }
+
+    fn commit_back(&mut self, operation: &Operation) -> Effected<()> {
+        self.do_commit_back(operation)
+    }
+
+    fn release_clone(&mut self, operation: &Operation) -> Effected<()> {
+        self.do_release_clone(operation)
+    }
+
+    fn activate_guest(&mut self, operation: &Operation) -> Effected<()> {
+        self.do_activate_guest(operation)
+    }
+
+    fn reinstate(&mut self, operation: &Operation) -> Effected<Option<Moment>> {
+        self.do_reinstate(operation)
+    }
 }
 
 impl World {
-    fn is_abort_asked(&self) -> Option<String> {
-        if self.node.work.is_aborted(&self.guest) {
-            return Some("the host is about to reboot".to_owned());
+    fn what_is_asked(&self) -> Asked {
+        let reboot = self.node.objects.reboot(&self.reboot).ok().flatten();
+        let guest = || self.node.objects.guest(&self.guest).ok().flatten();
+        let abort = if self.node.work.is_aborted(&self.guest) {
+            Some("the host is about to reboot")
+        } else if reboot.as_ref().is_some_and(Object::is_deleting) {
+            Some("the SeamlessReboot was deleted")
+        } else if guest().as_ref().is_some_and(Object::is_deleting) {
+            Some("the Guest is being deleted")
+        } else {
+            None
+        };
+        Asked {
+            abort: abort.map(str::to_owned),
+            action: reboot
+                .and_then(|reboot| reboot.spec.action)
+                .map(|action| action.kind),
         }
-        if let Ok(Some(reboot)) = self.node.objects.reboot(&self.reboot)
-            && reboot.is_deleting()
-        {
-            return Some("the SeamlessReboot was deleted".to_owned());
-        }
-        if let Ok(Some(guest)) = self.node.objects.guest(&self.guest)
-            && guest.is_deleting()
-        {
-            return Some("the Guest is being deleted".to_owned());
-        }
-        None
     }
 }

@@ -9,7 +9,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use understudy_channel::{
-    Description, Notice, Purpose, RESUMED_VERSION, Reply, Request, Resumed, read_frame, write_frame,
+    Description, Notice, PROBE_VERSION, Probe, Probed, Purpose, RESUMED_VERSION, Reply, Request, Resumed,
+    read_frame, write_frame,
 };
 
 use super::session::{SessionError, connect};
@@ -17,6 +18,8 @@ use super::session::{SessionError, connect};
 /// Time limit of connecting, greeting and the first description. A guest that boots on a busy host, or whose
 /// systemd is busy, takes its time.
 const CONNECT: Duration = Duration::from_secs(30);
+/// How much later than asked for the answer to a probe may come.
+const PROBE: Duration = Duration::from_secs(30);
 /// Pause between two attempts to connect.
 const AGAIN: Duration = Duration::from_millis(250);
 /// Notices that wait to be heard; beyond that the oldest matter no more than the newest, so the session is
@@ -224,6 +227,20 @@ impl Link {
         }
     }
 
+    /// Asks the clone once whether it is ready.
+    pub fn probe(&self, probe: Probe, timeout: Duration) -> Result<Probed, LinkError> {
+        let version = self.heard().version;
+        if version < PROBE_VERSION {
+            return Err(LinkError::TooOld(version));
+        }
+        let timeout_ms = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
+        // The guest ends it in time; what comes on top is the way there and back.
+        match self.ask(&Request::Probe { probe, timeout_ms }, timeout + PROBE)? {
+            Reply::Probed(probed) => Ok(probed),
+            _ => Err(LinkError::Protocol("Probe")),
+        }
+    }
+
     /// Asks for something whose answer is [`Reply::Done`].
     pub fn done(&self, request: &Request, limit: Duration) -> Result<(), LinkError> {
         match self.ask(request, limit)? {
@@ -381,6 +398,7 @@ fn name_of(request: &Request) -> &'static str {
         Request::Activate { .. } => "Activate",
         Request::RebootAnswer { .. } => "RebootAnswer",
         Request::Resumed { .. } => "Resumed",
+        Request::Probe { .. } => "Probe",
     }
 }
 

@@ -177,7 +177,7 @@ fn a_resumed_guest_is_told_the_hosts_time() {
 }
 
 #[test]
-fn a_guest_agent_that_is_too_old_to_be_told_of_a_resume_is_not_asked() {
+fn a_guest_agent_that_is_too_old_for_a_request_is_not_asked() {
     let guest = Guest::of_version(1, |_, request, stream| match request {
         Request::Describe => reply(stream, &Reply::Description(Box::new(description("b")))),
         _ => false,
@@ -185,6 +185,8 @@ fn a_guest_agent_that_is_too_old_to_be_told_of_a_resume_is_not_asked() {
     let link = guest.link();
     link.wait(LONG, |heard| heard.connected);
     assert!(matches!(link.resumed(LONG), Err(LinkError::TooOld(1))));
+    let probe = Probe::Tcp { port: 80 };
+    assert!(matches!(link.probe(probe, LONG), Err(LinkError::TooOld(1))));
     assert!(link.heard().connected, "its session goes on");
 }
 

@@ -74,6 +74,12 @@ pub fn remove_dormant(
     owner: Option<&Owner>,
     dormant: &Dormant,
 ) -> Result<(), RemoveError> {
+    let is_owner =
+        |owner: &Owner| owner.incarnation == dormant.incarnation || owner.layer == Some(dormant.layer);
+    if owner.is_some_and(is_owner) {
+        // A rollback made it the guest again: only the record is out of date.
+        return Ok(node.records.set_dormant(&guest.uid, None)?);
+    }
     tracing::info!(guest = %guest.key, incarnation = dormant.incarnation, "removing the dormant incarnation");
     let instance = node.instances.get(&guest.uid, dormant.incarnation);
     if let Some(instance) = &instance {

@@ -27,6 +27,9 @@ pub struct Dormant {
     pub incarnation: u64,
     /// Its own layer, removed with it.
     pub layer: Uuid,
+    /// UID of the SeamlessReboot that made it dormant, and can be rolled back.
+    #[serde(default)]
+    pub operation: Option<String>,
     /// When it is removed.
     pub deadline: Timestamp,
 }

@@ -159,7 +159,10 @@ impl Worker {
         let mut seen = match (&running, wanted) {
             (Some(instance), true) => {
                 self.stopping_since = None;
-                let quiet = in_flight.is_some_and(|operation| operation.phase == Phase::CuttingOver);
+                // One in flight that has succeeded is being rolled back.
+                let quiet = in_flight.is_some_and(|operation| {
+                    matches!(operation.phase, Phase::CuttingOver | Phase::Succeeded)
+                });
                 self.observe(guest, &resolved, instance, quiet)
             }
             (Some(instance), false) if !busy => self.stop(guest, &resolved, instance),

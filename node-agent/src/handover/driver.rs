@@ -2,9 +2,12 @@
 
 use super::effects::{Effected, Effects, Report};
 use super::journal::Journal;
-use super::machine::{self, Decision, Outcome, apply, interrupt, next};
-use super::record::{Moment, Operation, Step, Verdict};
-use understudy_api::conditions::reasons;
+use super::machine::{self, Decision, apply, interrupt, next};
+use super::outcome::Outcome;
+use super::record::{Moment, Operation, Step};
+
+/// How often a clone that waits for its cutover, and its guest, are looked at. Microseconds.
+const LOOK: i64 = 5_000_000;
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,8 +36,8 @@ pub fn run(
     let mut on_disk = None;
     loop {
         let now = effects.now();
-        let abort = effects.abort_requested(&operation);
-        operation = interrupt(operation, abort, now);
+        let asked = effects.asked(&operation);
+        operation = interrupt(operation, asked, now);
         match next(&operation, now) {
             Decision::Finished => {
                 record(&operation, &mut on_disk, journal, report);
@@ -42,11 +45,24 @@ pub fn run(
                 return Run::Finished(operation);
             }
             Decision::Wait { until } => {
+                // This wait may be long, and its limit counts from the first agent's look.
+                if operation.step == Step::AwaitCutover {
+                    record(&operation, &mut on_disk, journal, report);
+                }
                 report.progress(&operation);
                 if effects.must_stop() {
                     return Run::Stopped(operation);
                 }
-                effects.wait(until);
+                if operation.step != Step::AwaitCutover {
+                    effects.wait(&operation, until);
+                    continue;
+                }
+                // Who dies meanwhile dies without an effect that tells of it.
+                let look = now.plus(LOOK);
+                effects.wait(&operation, if look.since(until) < 0 { look } else { until });
+                if let Err(error) = effects.watch(&operation) {
+                    operation = apply(operation, Err(error), now, effects.now());
+                }
             }
             Decision::Perform { durable } => {
                 if may_stop(operation.step) && effects.must_stop() {
@@ -54,11 +70,9 @@ pub fn run(
                 }
                 if durable
                     && !record(&operation, &mut on_disk, journal, report)
-                    && operation.step.is_forward()
+                    && let Some(ends) = machine::without_record(&operation, now)
                 {
-                    let message = "the journal could not be written; see the node agent's log";
-                    let verdict = Verdict::failed(reasons::STEP_FAILED, message);
-                    machine::begin_undo(&mut operation, verdict, now);
+                    operation = ends;
                     continue;
                 }
                 report.progress(&operation);
@@ -73,8 +87,9 @@ pub fn run(
 /// While the guest is held, and until the clone serves, the agent finishes first.
 fn may_stop(step: Step) -> bool {
     let guest_waits = match step {
-        Step::HoldIngress => false,
+        Step::HoldIngress | Step::HoldClone => false,
         Step::Commit | Step::Release | Step::ReadOwner | Step::ThawUserland => true,
+        Step::CommitBack | Step::ActivateGuest | Step::ReleaseClone => true,
         _ => step.is_held() || step.is_committed(),
     };
     !guest_waits
@@ -114,6 +129,7 @@ fn perform(operation: &Operation, now: Moment, effects: &mut impl Effects) -> Ef
         Step::BootClone => effects.boot_clone(operation).map(done),
         Step::AwaitBoot => effects.await_clone_boot(operation).map(Outcome::CloneBoot),
         Step::Integrate => effects.integrate(operation, false, None).map(Outcome::Round),
+        Step::Probe => effects.probe(operation).map(Outcome::Answer),
         Step::HoldIngress => effects
             .hold_ingress(operation, lease_ms(operation, now))
             .map(done),
@@ -148,7 +164,16 @@ fn perform(operation: &Operation, now: Moment, effects: &mut impl Effects) -> Ef
         Step::EndCapture => effects.end_capture(operation).map(done),
         Step::KillClone => effects.kill_clone(operation).map(done),
         Step::DiscardClone => effects.discard_clone(operation).map(done),
-        Step::Done => Ok(Outcome::Done),
+        Step::FindDormant => effects.find_dormant(operation).map(Outcome::Dormancy),
+        Step::HoldClone => effects
+            .hold_clone(operation, lease_ms(operation, now))
+            .map(Outcome::Held),
+        Step::CommitBack => effects.commit_back(operation).map(done),
+        Step::ActivateGuest => effects.activate_guest(operation).map(done),
+        Step::Reinstate => effects.reinstate(operation).map(Outcome::Reinstated),
+        Step::ReleaseClone => effects.release_clone(operation).map(done),
+        // Only the clock and the user end that.
+        Step::AwaitCutover | Step::Done => Ok(Outcome::Done),
     }
 }
 

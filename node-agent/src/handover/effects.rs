@@ -2,7 +2,7 @@
 //! simulation with a world of its own.
 
 use serde::{Deserialize, Serialize};
-use understudy_api::reboot::{Conflict, FailedUnit, Remains, StartedUnit};
+use understudy_api::reboot::{ActionType, Conflict, FailedUnit, Remains, StartedUnit};
 use understudy_vmm_control::owner::Owner;
 
 use super::record::{Moment, Operation};
@@ -124,6 +124,31 @@ pub struct Round {
     pub remains: Option<Remains>,
 }
 
+/// What is asked of an operation now.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Asked {
+    /// Why it shall be aborted, if it shall: whatever its object's action says.
+    pub abort: Option<String>,
+    /// What its object's action says.
+    pub action: Option<ActionType>,
+}
+
+/// What a clone answered to a probe.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Whether it is ready.
+    pub ready: bool,
+    /// What was seen, for people.
+    pub message: String,
+}
+
+/// What a rollback can go back to, and from where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dormancy {
+    /// Epoch in `owner.json`.
+    pub epoch: u64,
+}
+
 /// The guest, sealed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sealed {
@@ -156,11 +181,12 @@ pub trait Effects {
     /// The time.
     fn now(&mut self) -> Moment;
 
-    /// Waits until then; returns early when [`Effects::abort_requested`] or [`Effects::must_stop`] change.
-    fn wait(&mut self, until: Moment);
+    /// Waits until then; returns early when [`Effects::must_stop`] changes, or what is asked of the operation
+    /// ([`super::approval::is_news`]).
+    fn wait(&mut self, operation: &Operation, until: Moment);
 
-    /// Why the operation shall be aborted, if it shall. Ignored after the commit point.
-    fn abort_requested(&mut self, operation: &Operation) -> Option<String>;
+    /// What is asked of the operation. An abort is ignored after the commit point.
+    fn asked(&mut self, operation: &Operation) -> Asked;
 
     /// Whether the agent is being stopped: the driver returns before the next step, but never while the
     /// guest is held.
@@ -197,6 +223,14 @@ pub trait Effects {
     /// clone's layer when this returns. `deadline`: gives up then with `Lapsed`; abandoned rounds are sent
     /// again. `Refused` for a conflict that the plan forbids, and for a capture that was lost.
     fn integrate(&mut self, operation: &Operation, last: bool, deadline: Option<Moment>) -> Effected<Round>;
+
+    /// Asks the clone's guest agent once what [`super::readiness::current`] names. A clone that is not ready is an
+    /// answer and no error; `Refused` where its guest agent cannot ask.
+    fn probe(&mut self, operation: &Operation) -> Effected<Answer>;
+
+    /// Looks after guest and clone while the cutover is waited for: `GuestGone` or `CloneGone` where one of them
+    /// has ended, or its guest has crashed; no other error.
+    fn watch(&mut self, operation: &Operation) -> Effected<()>;
 
     /// Guest's VMM `hold` of the receive gate, for `lease_ms`.
     fn hold_ingress(&mut self, operation: &Operation, lease_ms: u64) -> Effected<()>;
@@ -238,7 +272,8 @@ pub trait Effects {
     fn kill_clone(&mut self, operation: &Operation) -> Effected<()>;
 
     /// Removes the clone's layer; it is gone, or never was, when this returns. (A `prepare-split` that comes
-    /// late may make it again; the guest manager removes layers that no chain names.)
+    /// late may make it again; the guest manager removes layers that no chain names.) After a rollback no
+    /// incarnation is dormant from here on.
     fn discard_clone(&mut self, operation: &Operation) -> Effected<()>;
 
     /// Dormant VMM `network/give` to the clone's. `GuestGone` where it has ended.
@@ -257,6 +292,27 @@ pub trait Effects {
     /// Records durably that the guest goes on as the clone, and that the old incarnation is dormant until
     /// `deadline` (removed at once where that is past, or its VMM is gone). A dormant from before is removed.
     fn retire(&mut self, operation: &Operation, deadline: Moment) -> Effected<()>;
+
+    /// Whether [`Operation::guest_incarnation`] is dormant by this operation, its VMM ready to go on, and
+    /// [`Operation::clone_incarnation`] the owner. `Refused` with what is not so; changes nothing.
+    fn find_dormant(&mut self, operation: &Operation) -> Effected<Dormancy>;
+
+    /// Clone's VMM `hold` of all gates, for `lease_ms`; block writes completed by then.
+    fn hold_clone(&mut self, operation: &Operation, lease_ms: u64) -> Effected<u64>;
+
+    /// Clone's VMM `commit` with the epoch and block writes of [`Operation::rollback`], to
+    /// [`Operation::guest_incarnation`] and [`Operation::guest_layer`].
+    fn commit_back(&mut self, operation: &Operation) -> Effected<()>;
+
+    /// Clone's VMM `release`, as [`Effects::release`] is the guest's. `CloneGone` where its process has ended.
+    fn release_clone(&mut self, operation: &Operation) -> Effected<()>;
+
+    /// Dormant VMM `activate`: it takes its taps back, and runs. `GuestGone` where it has ended.
+    fn activate_guest(&mut self, operation: &Operation) -> Effected<()>;
+
+    /// Tells the guest agent that time has passed: it sets the clock and announces its addresses. Returns when the
+    /// first frame went out, where that is known.
+    fn reinstate(&mut self, operation: &Operation) -> Effected<Option<Moment>>;
 }
 
 /// Where progress goes. Called before each step and whenever something was learned; must not block.

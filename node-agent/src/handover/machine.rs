@@ -1,38 +1,13 @@
-//! The state machine: pure functions from one record to the next. What happens is in [`super::driver`].
+//! The state machine: pure functions from one record to the next. What happens is in [`super::driver`], what a
+//! record becomes by what happened in [`super::outcome`] and [`super::trouble`].
 
 use understudy_api::Phase;
 use understudy_api::conditions::reasons;
 
-use super::effects::{
-    Activation, CloneBoot, EffectError, Effected, ErrorKind, Preflight, Round, Sealed, SplitOutcome,
-};
-use super::record::{Moment, Operation, Step, TakenBack, Trouble, Verdict};
-use understudy_vmm_control::owner::Owner;
-
-/// Most rounds of integration before a cutover is tried whatever they cost.
-pub const MAX_ROUNDS: u32 = 20;
-/// A round that takes longer (in microseconds) is worth another one, as long as they become shorter.
-const WORTH_SHRINKING: i64 = 100_000;
-/// Most cutovers; the last one that is taken back fails the reboot.
-pub const MAX_CUTOVERS: i64 = 5;
-/// Most repetitions of the last round within a cutover.
-pub const MAX_REPEATS: u32 = 3;
-/// Most conflicts that are reported by path.
-pub const MAX_CONFLICTS: usize = 100;
-
-const SECOND: i64 = 1_000_000;
-/// How long a step towards the cutover is tried again without success (preflight: its timeout).
-const FORWARD_PATIENCE: i64 = 120 * SECOND;
-/// How long an undo waits for a guest agent, whose watchdogs thaw the guest in any case.
-const THAW_PATIENCE: i64 = 10 * SECOND;
-/// How long the removal of a layer is tried; the guest manager finds it later in any case.
-const DISCARD_PATIENCE: i64 = 30 * SECOND;
-/// How long taps are asked of the old VMM before they are opened by name.
-const NETWORK_PATIENCE: i64 = 2 * SECOND;
-/// How long a clone that owns the guest may refuse to be activated before it is booted anew.
-const ACTIVATE_PATIENCE: i64 = 20 * SECOND;
-/// How long the clone's guest agent may stay silent; the guest runs without it.
-const AGENT_PATIENCE: i64 = 60 * SECOND;
+use super::effects::{Asked, Effected};
+use super::outcome::{Outcome, succeeded};
+use super::record::{Moment, Operation, Step, TakenBack, Verdict};
+use super::{approval, rollback};
 
 /// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,29 +27,6 @@ pub enum Decision {
     Finished,
 }
 
-/// What an effect brought.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// The effect has no result.
-    Done,
-    /// Of [`Step::Preflight`].
-    Preflight(Preflight),
-    /// Of [`Step::Split`].
-    Split(SplitOutcome),
-    /// Of [`Step::AwaitBoot`].
-    CloneBoot(Option<CloneBoot>),
-    /// Of [`Step::Integrate`] and [`Step::FinalIntegrate`].
-    Round(Round),
-    /// Of [`Step::Seal`].
-    Sealed(Sealed),
-    /// Of [`Step::Verify`].
-    Dirty(u64),
-    /// Of [`Step::ReadOwner`].
-    Owner(Owner),
-    /// Of [`Step::ActivateAgent`].
-    Activation(Activation),
-}
-
 /// What to do with a record.
 pub fn next(operation: &Operation, now: Moment) -> Decision {
     if operation.is_finished() {
@@ -85,6 +37,10 @@ pub fn next(operation: &Operation, now: Moment) -> Decision {
     {
         return Decision::Wait { until: trouble.until };
     }
+    if operation.step == Step::AwaitCutover {
+        let until = approval::next_look(operation, now);
+        return Decision::Wait { until };
+    }
     Decision::Perform {
         durable: is_recorded(operation.step),
     }
@@ -94,7 +50,8 @@ pub fn next(operation: &Operation, now: Moment) -> Decision {
 ///
 /// While the guest is held, the record on disk says `HoldIngress`, which recovery takes back; and after the
 /// commit it says `Commit`, where recovery asks `owner.json`. Taking back is not recorded either, so that
-/// the guest waits for no disk; what cannot be done twice with the same outcome (killing the clone) is.
+/// the guest waits for no disk; what cannot be done twice with the same outcome (killing the clone) is. A
+/// rollback says `HoldClone` until the guest serves again.
 fn is_recorded(step: Step) -> bool {
     !(step.is_held() && step != Step::HoldIngress
         || matches!(
@@ -105,7 +62,29 @@ fn is_recorded(step: Step) -> bool {
                 | Step::Release
                 | Step::ReadOwner
                 | Step::ThawUserland
+                | Step::CommitBack
+                | Step::ActivateGuest
+                | Step::Reinstate
+                | Step::ReleaseClone
         ))
+}
+
+/// What becomes of an operation whose record cannot be written before a step; `None`: it is finished without.
+pub fn without_record(operation: &Operation, now: Moment) -> Option<Operation> {
+    const MESSAGE: &str = "the journal could not be written; see the node agent's log";
+    let mut operation = operation.clone();
+    if operation.step.is_forward() {
+        begin_undo(
+            &mut operation,
+            Verdict::failed(reasons::STEP_FAILED, MESSAGE),
+            now,
+        );
+    } else if operation.step == Step::HoldClone {
+        rollback::refuse(&mut operation, MESSAGE.to_owned(), now);
+    } else {
+        return None;
+    }
+    Some(operation)
 }
 
 /// What a restarted agent makes of a record that it finds.
@@ -120,11 +99,20 @@ pub fn resume(mut operation: Operation, now: Moment) -> Operation {
             "the node agent was restarted during the cutover".to_owned(),
         );
     }
+    if matches!(operation.step, Step::HoldClone | Step::CommitBack) {
+        let message = "the node agent was restarted during the rollback".to_owned();
+        rollback::take_back(&mut operation, message);
+    }
     operation
 }
 
-/// Looks at the clock and at whether an abort was asked for, before each step.
-pub fn interrupt(mut operation: Operation, abort: Option<String>, now: Moment) -> Operation {
+/// Looks at the clock and at what was asked for, before each step.
+pub fn interrupt(mut operation: Operation, asked: Asked, now: Moment) -> Operation {
+    if operation.rollback.is_some() {
+        // It is short, and asked for by the last word that a user has.
+        return operation;
+    }
+    let abort = approval::latch(&mut operation, asked, now);
     let taking_back = matches!(
         operation.step,
         Step::Release | Step::ReadOwner | Step::ThawUserland
@@ -154,14 +142,23 @@ pub fn interrupt(mut operation: Operation, abort: Option<String>, now: Moment) -
         }
         return operation;
     }
+    if operation.step == Step::AwaitCutover {
+        approval::look(&mut operation, now);
+        return operation;
+    }
     let plan = &operation.plan;
-    let (field, limit) = match operation.phase() {
-        Phase::Pending => ("pending", plan.pending),
-        Phase::Confirmed | Phase::Cloning => ("cloning", plan.cloning),
-        Phase::Rebooting => ("rebooting", plan.rebooting),
+    let mut since = operation.phase_since();
+    let (field, limit) = match (operation.phase(), operation.cleared_at) {
+        (Phase::Pending, _) => ("pending", plan.pending),
+        (Phase::Confirmed | Phase::Cloning, _) => ("cloning", plan.cloning),
+        (Phase::Rebooting, _) => ("rebooting", plan.rebooting),
+        (Phase::AwaitingCutover, None) => ("awaitingCutover", plan.awaiting_cutover),
+        (Phase::AwaitingCutover, Some(cleared)) => {
+            since = cleared;
+            ("integrating", plan.integrating)
+        }
         _ => ("integrating", plan.integrating),
     };
-    let since = operation.phase_since();
     if now.since(since) >= limit {
         let what = operation
             .trouble
@@ -194,264 +191,6 @@ pub fn apply(mut operation: Operation, result: Effected<Outcome>, started: Momen
     operation
 }
 
-fn succeeded(operation: &mut Operation, outcome: Outcome, started: Moment, now: Moment) {
-    match (operation.step, outcome) {
-        (Step::Preflight, Outcome::Preflight(found)) => preflighted(operation, found, now),
-        (Step::Confirm, _) => {
-            operation.enter(Phase::Confirmed, now);
-            operation.step = Step::PrepareSplit;
-        }
-        (Step::PrepareSplit, _) => {
-            operation.enter(Phase::Cloning, now);
-            operation.step = Step::PrepareClone;
-        }
-        (Step::PrepareClone, _) => operation.step = Step::Split,
-        (Step::Split, Outcome::Split(SplitOutcome::Done { frozen_us })) => {
-            operation.result.split_freeze_microseconds = Some(clamp(frozen_us));
-            operation.enter(Phase::Rebooting, now);
-            operation.boot_started = Some(now);
-            operation.step = Step::BootClone;
-        }
-        (Step::Split, Outcome::Split(SplitOutcome::Unsure { message })) => {
-            let message =
-                format!("{message}, so the clone's disk cannot be trusted; apply a new SeamlessReboot");
-            begin_undo(operation, Verdict::failed(reasons::STEP_FAILED, message), now);
-        }
-        (Step::BootClone, _) => operation.step = Step::AwaitBoot,
-        (Step::AwaitBoot, Outcome::CloneBoot(Some(boot))) => booted(operation, &boot, now),
-        // Not yet: asked again.
-        (Step::AwaitBoot, _) => {}
-        (Step::Integrate, Outcome::Round(round)) => {
-            integrated(operation, round, now.since(started));
-            if fits(operation) {
-                operation.enter(Phase::CuttingOver, now);
-                (operation.held_at, operation.sealed_at) = (None, None);
-                operation.repeats = 0;
-                operation.step = Step::HoldIngress;
-            }
-        }
-        (Step::HoldIngress, _) => {
-            operation.held_at = Some(started);
-            operation.step = Step::FreezeUserland;
-        }
-        (Step::FreezeUserland, _) => operation.step = Step::FinalIntegrate,
-        (Step::FinalIntegrate, Outcome::Round(round)) => {
-            integrated(operation, round, now.since(started));
-            operation.step = Step::Seal;
-        }
-        (Step::Seal, Outcome::Sealed(sealed)) => {
-            operation.block_writes = sealed.block_writes;
-            operation.sealed_at = operation.sealed_at.or(Some(sealed.at));
-            operation.step = Step::Verify;
-        }
-        (Step::Verify, Outcome::Dirty(0)) => operation.step = Step::Pause,
-        (Step::Verify, Outcome::Dirty(_)) if operation.repeats < MAX_REPEATS => {
-            operation.repeats += 1;
-            operation.step = Step::FinalIntegrate;
-        }
-        (Step::Verify, Outcome::Dirty(dirty)) => {
-            let message = format!("{dirty} entries changed although programs were frozen");
-            take_back(operation, reasons::STEP_FAILED, message);
-        }
-        (Step::Pause, _) => operation.step = Step::Commit,
-        (Step::Commit, _) => go_forward(operation, now),
-        (Step::HandOverNetwork, _) => {
-            operation.network_given = true;
-            operation.step = Step::ActivateClone;
-        }
-        (Step::ActivateClone, _) => operation.step = Step::ActivateAgent,
-        (Step::ActivateAgent, Outcome::Activation(activation)) => activated(operation, activation, now),
-        (Step::ColdBoot, _) => operation.step = Step::Retire,
-        (Step::Retire, _) => retired(operation, now),
-        (Step::Release, _) => operation.step = Step::ReadOwner,
-        (Step::ReadOwner, Outcome::Owner(owner)) => {
-            if operation.is_owned_by_clone(&owner) {
-                // An abort or an error that came too late: the clone is the guest.
-                operation.undo = None;
-                go_forward(operation, now);
-            } else if operation.guest_gone {
-                operation.step = Step::KillClone;
-            } else {
-                operation.step = Step::ThawUserland;
-            }
-        }
-        (Step::ThawUserland, _) => thawed(operation, now),
-        (Step::ThawFilesystems, _) => operation.step = Step::EndCapture,
-        (Step::EndCapture, _) => operation.step = Step::KillClone,
-        (Step::KillClone, _) => operation.step = Step::DiscardClone,
-        (Step::DiscardClone, _) => undone(operation, now),
-        (step, outcome) => {
-            let message = format!("step {step:?} brought {outcome:?}, which is a defect of the node agent");
-            super::trouble::failed(operation, &EffectError::new(ErrorKind::Refused, message), now);
-        }
-    }
-}
-
-fn preflighted(operation: &mut Operation, found: Preflight, now: Moment) {
-    operation.result.before =
-        Some(operation.incarnation(found.incarnation, &found.boot_id, &found.kernel_release));
-    let satisfied = operation
-        .plan
-        .satisfied_by(&found.kernel_release, found.booted_at);
-    if operation.plan.expects() && satisfied.is_ok() {
-        let message = "what spec.expect names holds already; nothing was done";
-        operation.finish(Verdict::succeeded(reasons::ALREADY_SATISFIED, message), now);
-        return;
-    }
-    operation.before = Some(found);
-    operation.step = Step::Confirm;
-}
-
-fn booted(operation: &mut Operation, boot: &CloneBoot, now: Moment) {
-    let number = operation.clone_incarnation();
-    operation.result.after = Some(operation.incarnation(number, &boot.boot_id, &boot.kernel_release));
-    operation.result.clone_boot_milliseconds =
-        operation.boot_started.map(|started| now.since(started) / 1000);
-    if let Err(missed) = operation.plan.satisfied_by(&boot.kernel_release, boot.booted_at) {
-        let message = format!("the clone does not satisfy spec.expect: {missed}");
-        begin_undo(
-            operation,
-            Verdict::failed(reasons::EXPECTATION_NOT_MET, message),
-            now,
-        );
-        return;
-    }
-    // A clone that ended in the emergency shell has left `starting`, too.
-    if !["running", "degraded"].contains(&boot.system_state.as_str()) {
-        let message = format!(
-            "the clone's systemd is {:?}, not running; its console log tells why",
-            boot.system_state
-        );
-        begin_undo(operation, Verdict::failed(reasons::UNITS_FAILED, message), now);
-        return;
-    }
-    let before = operation.before.as_ref();
-    let known = |unit: &&String| before.is_some_and(|before| before.failed_units.contains(unit));
-    let failed: Vec<&str> = boot
-        .failed_units
-        .iter()
-        .filter(|unit| !known(unit))
-        .map(String::as_str)
-        .collect();
-    if !failed.is_empty() {
-        let message = format!(
-            "on the clone these units failed, which run on the guest: {}",
-            failed.join(", ")
-        );
-        begin_undo(operation, Verdict::failed(reasons::UNITS_FAILED, message), now);
-        return;
-    }
-    operation.enter(Phase::Integrating, now);
-    operation.step = Step::Integrate;
-}
-
-fn integrated(operation: &mut Operation, round: Round, took: i64) {
-    operation.applied = operation.applied.max(round.round);
-    operation.round_times = [Some(took), operation.round_times[0]];
-    operation.remaining = round.dirty;
-    operation.rounds_of_attempt += 1;
-    let result = &mut operation.result;
-    result.rounds += 1;
-    result.files = result.files.saturating_add(clamp(round.entries));
-    result.bytes = result.bytes.saturating_add(clamp(round.bytes));
-    result.conflict_count = result.conflict_count.saturating_add(clamp(round.conflict_count));
-    let room = MAX_CONFLICTS.saturating_sub(result.conflicts.len());
-    result.conflicts.extend(round.conflicts.into_iter().take(room));
-    if round.remains.is_some() {
-        result.remains = round.remains;
-    }
-}
-
-/// Whether the next round is likely to fit into the cutover, and more rounds will not make it shorter.
-fn fits(operation: &Operation) -> bool {
-    let [newest, before] = operation.round_times;
-    let short = newest.is_some_and(|took| took <= operation.plan.max_pause / 4);
-    let shrinks = match (newest, before) {
-        (Some(newest), Some(before)) => newest < before / 4 * 3,
-        _ => true,
-    };
-    // Clients wait for the last round, so that one which is short enough may still be too long.
-    let worthwhile = shrinks && newest.is_some_and(|took| took > WORTH_SHRINKING);
-    let at_its_shortest = !worthwhile && (short || operation.rounds_of_attempt >= 3);
-    at_its_shortest || operation.rounds_of_attempt >= MAX_ROUNDS
-}
-
-fn go_forward(operation: &mut Operation, now: Moment) {
-    operation.committed_at = operation.committed_at.or(Some(now));
-    operation.step = Step::HandOverNetwork;
-}
-
-fn activated(operation: &mut Operation, activation: Activation, now: Moment) {
-    let served = activation.first_frame.unwrap_or(now);
-    let millis = |from: Option<Moment>| from.map(|from| served.since(from) / 1000);
-    operation.result.interruption_milliseconds = millis(operation.sealed_at);
-    operation.result.pause_milliseconds = millis(operation.held_at);
-    operation.note_units(activation.started, activation.failed);
-    operation.step = Step::Retire;
-}
-
-fn retired(operation: &mut Operation, now: Moment) {
-    let kernel = operation
-        .result
-        .after
-        .as_ref()
-        .map(|after| after.kernel_release.clone());
-    let mut message = format!("the guest runs kernel {}", kernel.unwrap_or_default());
-    if let Some(taken_back) = operation
-        .taken_back
-        .as_ref()
-        .filter(|_| operation.result.taken_back > 0)
-    {
-        message.push_str(&format!(
-            "; {} cutovers were taken back before, the last because {}",
-            operation.result.taken_back, taken_back.message
-        ));
-    }
-    operation.finish(Verdict::succeeded(reasons::REBOOTED, message), now);
-}
-
-/// The guest serves again after a cutover that was taken back, or on the way to an undo.
-fn thawed(operation: &mut Operation, now: Moment) {
-    if operation.undo.is_some() {
-        operation.step = Step::ThawFilesystems;
-        return;
-    }
-    operation.result.taken_back += 1;
-    let (reason, why) = operation.taken_back.as_ref().map_or_else(
-        || (reasons::STEP_FAILED.to_owned(), String::new()),
-        |taken_back| (taken_back.reason.clone(), taken_back.message.clone()),
-    );
-    if operation.result.taken_back >= MAX_CUTOVERS {
-        let message = format!("{MAX_CUTOVERS} cutovers were taken back, the last because {why}");
-        operation.undo = Some(Verdict::failed(&reason, message));
-        operation.step = Step::ThawFilesystems;
-        return;
-    }
-    operation.enter(Phase::Integrating, now);
-    operation.rounds_of_attempt = 0;
-    operation.step = Step::Integrate;
-    // The guest gets time to itself, the more the oftener it was held.
-    let rest = operation
-        .plan
-        .max_pause
-        .saturating_mul(2 * operation.result.taken_back);
-    operation.trouble = Some(Trouble {
-        since: now,
-        until: now.plus(rest),
-        count: 0,
-        reason: reasons::IN_PROGRESS.to_owned(),
-        message: format!("a cutover was taken back because {why}"),
-    });
-}
-
-fn undone(operation: &mut Operation, now: Moment) {
-    let verdict = operation
-        .undo
-        .clone()
-        .unwrap_or_else(|| Verdict::failed(reasons::STEP_FAILED, "it was undone"));
-    operation.finish(verdict, now);
-}
-
 /// Starts to take the cutover back: the guest serves on, whatever the clone becomes.
 pub(super) fn take_back(operation: &mut Operation, reason: &str, message: String) {
     operation.taken_back = Some(TakenBack {
@@ -471,32 +210,6 @@ pub(super) fn begin_undo(operation: &mut Operation, verdict: Verdict, now: Momen
     }
     operation.undo = Some(verdict);
     operation.step = Step::Release;
-}
-
-/// Where an undo goes when it has tried a step in vain for long enough; `None`: it is tried on.
-pub(super) fn give_up(operation: &Operation) -> Option<(i64, Step)> {
-    Some(match operation.step {
-        Step::ThawUserland if operation.undo.is_some() => (THAW_PATIENCE, Step::ThawFilesystems),
-        Step::ThawFilesystems => (THAW_PATIENCE, Step::EndCapture),
-        Step::EndCapture => (THAW_PATIENCE, Step::KillClone),
-        Step::DiscardClone => (DISCARD_PATIENCE, Step::Done),
-        Step::HandOverNetwork => (NETWORK_PATIENCE, Step::ActivateClone),
-        Step::ActivateClone => (ACTIVATE_PATIENCE, Step::ColdBoot),
-        Step::ActivateAgent => (AGENT_PATIENCE, Step::Retire),
-        _ => return None,
-    })
-}
-
-/// How long a forward step may fail with `Retry` before the operation does.
-pub(super) fn forward_patience(operation: &Operation) -> i64 {
-    match operation.step {
-        Step::Preflight => i64::MAX,
-        _ => FORWARD_PATIENCE,
-    }
-}
-
-fn clamp(number: u64) -> i64 {
-    i64::try_from(number).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]

@@ -1,5 +1,8 @@
 use super::super::sim::new_operation;
 use super::*;
+use crate::handover::effects::{EffectError, ErrorKind, Preflight};
+use understudy_api::reboot::CutoverMode;
+use understudy_vmm_control::owner::Owner;
 
 const KINDS: [ErrorKind; 5] = [
     ErrorKind::Retry,
@@ -31,17 +34,34 @@ fn operation(step: Step) -> Operation {
         Step::PrepareSplit => 1,
         Step::PrepareClone | Step::Split => 2,
         Step::BootClone | Step::AwaitBoot => 3,
-        Step::Integrate => 4,
+        Step::Integrate | Step::Probe | Step::AwaitCutover => 4,
         _ => 5,
     };
     for phase in &phases[..reached] {
         operation.enter(*phase, at(0));
     }
     operation.step = step;
+    if step == Step::AwaitCutover {
+        operation.plan.mode = CutoverMode::Manual;
+        operation.enter(Phase::AwaitingCutover, at(0));
+    }
+    if step.is_rollback() {
+        operation.enter(Phase::Succeeded, at(0));
+        operation = super::rollback::begin(operation, at(0));
+        operation.rollback.as_mut().unwrap().epoch = 9;
+        operation.step = step;
+    }
     if step.is_held() && step != Step::HoldIngress {
         operation.held_at = Some(at(0));
     }
     operation
+}
+
+fn deleted() -> Asked {
+    Asked {
+        abort: Some("deleted".to_owned()),
+        action: None,
+    }
 }
 
 #[test]
@@ -52,7 +72,15 @@ fn an_error_never_leads_towards_the_commit_nor_back_behind_it() {
             let error = EffectError::new(kind, "it did not happen");
             let after = apply(before.clone(), Err(error), at(1), at(1));
             let told = format!("{step:?} with {kind:?} became {:?}", after.step);
-            if step.is_forward() {
+            if step.is_rollback() {
+                // Nor into a cutover; where the way back ends, the reboot has succeeded as before.
+                let ended = after.step == Step::Done;
+                assert_eq!(ended, after.verdict.is_some(), "{told}");
+                assert!(!ended || after.phase() == Phase::Succeeded, "{told}");
+                let undoes = matches!(after.step, Step::KillClone | Step::ReadOwner);
+                assert!(ended || undoes || after.step.is_rollback(), "{told}");
+                assert!(after.step != Step::CommitBack, "{told}");
+            } else if step.is_forward() {
                 let stays = after.step == step && kind == ErrorKind::Retry && !step.is_held();
                 let ended = step == Step::Preflight && after.step == Step::Done;
                 assert!(stays || ended || after.step == Step::Release, "{told}");
@@ -105,7 +133,7 @@ fn only_the_owner_file_leads_over_the_commit_point_after_doubt() {
 fn an_abort_that_comes_after_the_commit_is_forgotten() {
     for step in Step::ALL {
         let before = operation(step);
-        let after = interrupt(before.clone(), Some("deleted".to_owned()), at(1));
+        let after = interrupt(before.clone(), deleted(), at(1));
         let may_abort =
             step.is_forward() || [Step::Release, Step::ReadOwner, Step::ThawUserland].contains(&step);
         let aborts = after.undo.is_some() || after.verdict.is_some();
@@ -124,12 +152,14 @@ fn each_phase_has_its_own_limit_and_says_which() {
         (Step::Split, "cloning"),
         (Step::AwaitBoot, "rebooting"),
         (Step::Integrate, "integrating"),
+        (Step::AwaitCutover, "awaitingCutover"),
     ] {
-        let just = |at_us| interrupt(operation(step), None, at(at_us));
+        let just = |at_us| interrupt(operation(step), Asked::default(), at(at_us));
         let limit = match field {
             "pending" => operation(step).plan.pending,
             "cloning" => operation(step).plan.cloning,
             "rebooting" => operation(step).plan.rebooting,
+            "awaitingCutover" => operation(step).plan.awaiting_cutover,
             _ => operation(step).plan.integrating,
         };
         assert_eq!(just(limit - 1).step, step);
@@ -143,7 +173,7 @@ fn each_phase_has_its_own_limit_and_says_which() {
     }
     let held = interrupt(
         operation(Step::Seal),
-        None,
+        Asked::default(),
         at(operation(Step::Seal).plan.max_pause),
     );
     assert_eq!((held.step, held.undo), (Step::Release, None));
@@ -154,6 +184,11 @@ fn what_a_restarted_agent_finds_in_a_cutover_is_taken_back() {
     for step in Step::ALL {
         let found = resume(operation(step), at(1));
         let held = step.is_held() || step == Step::Commit;
-        assert_eq!(found.step, if held { Step::Release } else { step });
+        let wanted = match step {
+            Step::HoldClone | Step::CommitBack => Step::ReleaseClone,
+            _ if held => Step::Release,
+            _ => step,
+        };
+        assert_eq!(found.step, wanted);
     }
 }

@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 use understudy_api::duration;
-use understudy_api::reboot::{OnConflict, SeamlessRebootSpec};
+use understudy_api::readiness::Probe;
+use understudy_api::reboot::{CutoverMode, OnConflict, SeamlessRebootSpec};
+use understudy_api::window::{Window, WindowError};
 
 /// The spec of a SeamlessReboot, read. Durations are in microseconds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,16 +34,34 @@ pub struct Plan {
     pub integrating: i64,
     /// How long the old incarnation is kept.
     pub retain_dormant: i64,
+    /// Whether the clone takes over by itself. (Records of older agents lack this and what follows.)
+    #[serde(default)]
+    pub mode: CutoverMode,
+    /// When the clone may take over.
+    #[serde(default)]
+    pub window: Option<Window>,
+    /// What the clone must answer before it takes over.
+    #[serde(default)]
+    pub readiness: Vec<Probe>,
+    /// Timeout of the phase AwaitingCutover.
+    #[serde(default)]
+    pub awaiting_cutover: i64,
 }
 
-/// A duration that the rules of the API should have refused.
+/// What the rules of the API should have refused, or could not know.
 #[derive(Debug, thiserror::Error)]
-#[error("spec.{field}: {value:?} must be a duration such as 500ms, 30s or 1h30m")]
-pub struct PlanError {
-    /// The field.
-    pub field: &'static str,
-    /// Its value.
-    pub value: String,
+pub enum PlanError {
+    /// No duration.
+    #[error("spec.{field}: {value:?} must be a duration such as 500ms, 30s or 1h30m")]
+    NotADuration {
+        /// The field.
+        field: &'static str,
+        /// Its value.
+        value: String,
+    },
+    /// A time zone that is not known.
+    #[error("spec.cutover.window: {0}")]
+    Window(#[from] WindowError),
 }
 
 impl Plan {
@@ -50,11 +70,14 @@ impl Plan {
         let micros = |field, value: &str| {
             duration::parse(value)
                 .and_then(|duration| i64::try_from(duration.as_micros()).ok())
-                .ok_or_else(|| PlanError {
+                .ok_or_else(|| PlanError::NotADuration {
                     field,
                     value: value.to_owned(),
                 })
         };
+        if let Some(window) = &spec.cutover.window {
+            window.at(jiff::Timestamp::UNIX_EPOCH)?;
+        }
         let expect = spec.expect.as_ref();
         Ok(Plan {
             reason: spec.reason.clone(),
@@ -71,6 +94,10 @@ impl Plan {
             rebooting: micros("timeouts.rebooting", &spec.timeouts.rebooting)?,
             integrating: micros("timeouts.integrating", &spec.timeouts.integrating)?,
             retain_dormant: micros("retainDormantFor", &spec.retain_dormant_for)?,
+            mode: spec.cutover.mode,
+            window: spec.cutover.window.clone(),
+            readiness: spec.cutover.readiness.clone(),
+            awaiting_cutover: micros("timeouts.awaitingCutover", &spec.timeouts.awaiting_cutover)?,
         })
     }
 

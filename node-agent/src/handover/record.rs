@@ -3,12 +3,13 @@
 use serde::{Deserialize, Serialize};
 use understudy_api::Phase;
 use understudy_api::conditions::reasons;
-use understudy_api::reboot::{FailedUnit, Incarnation, RebootResult, StartedUnit};
+use understudy_api::reboot::{ActionType, FailedUnit, Incarnation, RebootResult, StartedUnit};
 use understudy_vmm_control::owner::Owner;
 use uuid::Uuid;
 
 use super::effects::Preflight;
 use super::plan::Plan;
+use super::readiness::Probing;
 pub use crate::moment::Moment;
 
 /// Version of the record's format. A record of another version is refused, never guessed at.
@@ -33,6 +34,10 @@ pub enum Step {
     AwaitBoot,
     /// One round of integration (patent, step 5).
     Integrate,
+    /// Ask the clone whether it is ready, as `cutover.readiness` says.
+    Probe,
+    /// The clone is ready; wait until its cutover is approved and the window is open.
+    AwaitCutover,
     /// Hold ingress. From here to `Commit` nothing is taken for granted after a restart: all is taken back.
     HoldIngress,
     /// Freeze the guest's programs.
@@ -71,13 +76,25 @@ pub enum Step {
     KillClone,
     /// Undo: remove the clone's layer.
     DiscardClone,
+    /// Rollback: look whether there is a dormant incarnation to go back to.
+    FindDormant,
+    /// Rollback: hold the clone, all of it. From here to `CommitBack` nothing is taken for granted after a restart.
+    HoldClone,
+    /// Rollback: the commit point of the way back.
+    CommitBack,
+    /// Rollback: let the dormant incarnation's VMM open its gates.
+    ActivateGuest,
+    /// Rollback: the guest is told that time has passed, before its programs see it.
+    Reinstate,
+    /// Rollback: take back, and let the clone serve on. A commit that is still on its way is void after it.
+    ReleaseClone,
     /// Nothing is left to do.
     Done,
 }
 
 impl Step {
     /// All steps.
-    pub const ALL: [Step; 28] = [
+    pub const ALL: [Step; 36] = [
         Step::Preflight,
         Step::Confirm,
         Step::PrepareSplit,
@@ -86,6 +103,8 @@ impl Step {
         Step::BootClone,
         Step::AwaitBoot,
         Step::Integrate,
+        Step::Probe,
+        Step::AwaitCutover,
         Step::HoldIngress,
         Step::FreezeUserland,
         Step::FinalIntegrate,
@@ -105,6 +124,12 @@ impl Step {
         Step::EndCapture,
         Step::KillClone,
         Step::DiscardClone,
+        Step::FindDormant,
+        Step::HoldClone,
+        Step::CommitBack,
+        Step::ActivateGuest,
+        Step::Reinstate,
+        Step::ReleaseClone,
         Step::Done,
     ];
 
@@ -133,13 +158,46 @@ impl Step {
     pub fn is_forward(self) -> bool {
         self <= Step::Commit
     }
+
+    /// Whether the step belongs to a rollback alone.
+    pub fn is_rollback(self) -> bool {
+        self >= Step::FindDormant && self < Step::Done
+    }
+}
+
+/// A `spec.action` that was taken in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Latched {
+    /// What was asked for.
+    pub kind: ActionType,
+    /// When it was taken in.
+    pub at: Moment,
+    /// Why it was not done.
+    pub refused: Option<String>,
+}
+
+/// The way back, after the clone has taken over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Rollback {
+    /// How the operation had ended before: how it ends again where the way back is closed.
+    pub before: Verdict,
+    /// Epoch that the commit back writes; 0 until the dormant incarnation was found.
+    pub epoch: u64,
+    /// When the clone was held, in this try.
+    pub held_at: Option<Moment>,
+    /// Block writes of the clone when it was held, in this try.
+    pub block_writes: u64,
+    /// How often the clone was released again.
+    pub tries: u32,
 }
 
 /// Why an operation is being undone, or how it ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Verdict {
-    /// `Succeeded`, `Failed` or `Aborted`.
+    /// `Succeeded`, `Failed`, `Aborted` or `RolledBack`.
     pub phase: Phase,
     /// One of [`understudy_api::conditions::reasons`].
     pub reason: String,
@@ -226,6 +284,27 @@ pub struct Operation {
     pub trouble: Option<Trouble>,
     /// What is reported.
     pub result: RebootResult,
+    /// The last action that was taken in. (Records of older agents lack this and what follows.)
+    #[serde(default)]
+    pub action: Option<Latched>,
+    /// Whether the cutover was approved.
+    #[serde(default)]
+    pub approved: bool,
+    /// When a clone that waits for its cutover was brought up to date last.
+    #[serde(default)]
+    pub refreshed_at: Option<Moment>,
+    /// When the wait for approval and window was over, in this attempt.
+    #[serde(default)]
+    pub cleared_at: Option<Moment>,
+    /// Whether the clone has answered as `cutover.readiness` asks.
+    #[serde(default)]
+    pub ready: bool,
+    /// How far its probes are, while they are asked.
+    #[serde(default)]
+    pub probing: Option<Probing>,
+    /// The way back; `None` unless it was asked for.
+    #[serde(default)]
+    pub rollback: Option<Rollback>,
 }
 
 /// A step that failed and is tried again.
@@ -286,6 +365,13 @@ impl Operation {
             network_given: false,
             trouble: None,
             result: RebootResult::default(),
+            action: None,
+            approved: false,
+            refreshed_at: None,
+            cleared_at: None,
+            ready: false,
+            probing: None,
+            rollback: None,
         }
     }
 
@@ -325,6 +411,21 @@ impl Operation {
         owner.layer == Some(self.clone_layer)
             && owner.incarnation >= self.clone_incarnation()
             && owner.epoch >= self.commit_epoch()
+    }
+
+    /// Whether `owner.json` says that the commit back happened.
+    pub fn is_rolled_back(&self, owner: &Owner) -> bool {
+        self.rollback.as_ref().is_some_and(|rollback| {
+            rollback.epoch > 0 && owner.layer == Some(self.guest_layer) && owner.epoch >= rollback.epoch
+        })
+    }
+
+    /// The epoch that the last commit writes: a cold boot after it counts further.
+    pub fn last_epoch(&self) -> u64 {
+        match &self.rollback {
+            Some(rollback) if rollback.epoch > 0 => rollback.epoch,
+            _ => self.commit_epoch(),
+        }
     }
 
     pub(super) fn enter(&mut self, phase: Phase, now: Moment) {
@@ -370,6 +471,15 @@ impl Verdict {
         Verdict {
             phase: Phase::Aborted,
             reason: reasons::ABORTED.to_owned(),
+            message: message.into(),
+        }
+    }
+
+    /// The incarnation before is the guest again.
+    pub fn rolled_back(message: impl Into<String>) -> Verdict {
+        Verdict {
+            phase: Phase::RolledBack,
+            reason: reasons::ROLLED_BACK.to_owned(),
             message: message.into(),
         }
     }

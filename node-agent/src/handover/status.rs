@@ -2,15 +2,16 @@
 
 use jiff::Timestamp;
 use understudy_api::conditions::{self, reasons};
-use understudy_api::reboot::{PhaseTransition, Progress, SeamlessRebootStatus};
+use understudy_api::reboot::{ActionStatus, PhaseTransition, Progress, SeamlessRebootStatus};
 use understudy_api::{Phase, Time};
 
+use super::approval;
 use super::record::{Moment, Operation, Step};
 
 /// Writes an operation into a status. Conditions keep their transition times.
 pub fn update(status: &mut SeamlessRebootStatus, operation: &Operation, generation: i64, now: Moment) {
     let phase = operation.phase();
-    let (reason, message) = explain(operation);
+    let (reason, message) = explain(operation, now);
     status.observed_generation = generation;
     status.phase = Some(phase);
     status.phase_transitions = operation
@@ -21,6 +22,11 @@ pub fn update(status: &mut SeamlessRebootStatus, operation: &Operation, generati
             transition_time: Time(time(transition.at)),
         })
         .collect();
+    status.action = operation.action.as_ref().map(|action| ActionStatus {
+        kind: action.kind,
+        time: Time(time(action.at)),
+        refused: action.refused.clone(),
+    });
     status.progress = (!phase.is_terminal()).then(|| progress(operation));
     status.result = operation
         .result
@@ -40,9 +46,21 @@ pub fn update(status: &mut SeamlessRebootStatus, operation: &Operation, generati
 }
 
 /// Reason and message.
-fn explain(operation: &Operation) -> (String, String) {
-    if let Some(verdict) = &operation.verdict {
+fn explain(operation: &Operation, now: Moment) -> (String, String) {
+    // While it is being rolled back it says what it said before: it has succeeded until it has not.
+    let before = operation.rollback.as_ref().map(|rollback| &rollback.before);
+    if let Some(verdict) = operation.verdict.as_ref().or(before) {
         return (verdict.reason.clone(), verdict.message.clone());
+    }
+    if let Some(undo) = operation
+        .undo
+        .as_ref()
+        .filter(|undo| undo.phase == Phase::Succeeded)
+    {
+        return (
+            undo.reason.clone(),
+            "the rehearsal is over; removing the clone".to_owned(),
+        );
     }
     if let Some(undo) = &operation.undo {
         return (undo.reason.clone(), format!("being undone: {}", undo.message));
@@ -53,6 +71,10 @@ fn explain(operation: &Operation) -> (String, String) {
             trouble.reason.clone(),
             format!("{} (tried {times} times, trying again)", trouble.message),
         );
+    }
+    if operation.phase() == Phase::AwaitingCutover {
+        let (reason, message) = approval::explain(operation, now);
+        return (reason.to_owned(), message);
     }
     let reason = match operation.phase() {
         Phase::Pending => reasons::PENDING,
@@ -105,6 +127,8 @@ fn what(operation: &Operation) -> &'static str {
         Step::Split => "splitting the disk",
         Step::BootClone | Step::AwaitBoot => "the clone boots; the guest serves",
         Step::Integrate => "integrating the guest's changes into the clone; the guest serves",
+        Step::Probe => "asking the clone whether it is ready; the guest serves",
+        Step::AwaitCutover => "waiting for the cutover to be approved; the guest serves",
         Step::HoldIngress => "holding the guest's network",
         Step::FreezeUserland => "freezing the guest's programs",
         Step::FinalIntegrate => "integrating the rest",
@@ -118,6 +142,10 @@ fn what(operation: &Operation) -> &'static str {
         Step::ThawFilesystems | Step::EndCapture | Step::KillClone | Step::DiscardClone => {
             "removing the clone; the guest serves"
         }
+        Step::FindDormant => "looking for the dormant incarnation",
+        Step::HoldClone | Step::CommitBack => "rolling back: holding the clone, committing",
+        Step::ActivateGuest | Step::Reinstate => "rolling back: the guest goes on as before",
+        Step::ReleaseClone => "taking the rollback back; the clone serves",
         Step::Done => "finished",
     }
 }

@@ -3,16 +3,32 @@
 use understudy_api::conditions::reasons;
 
 use super::effects::{EffectError, ErrorKind};
-use super::machine::{begin_undo, forward_patience, give_up, take_back};
+use super::machine::{begin_undo, take_back};
 use super::record::{Moment, Operation, Step, Trouble, Verdict};
 
 /// First wait before a step is tried again; doubles up to [`LAST_WAIT`]. Microseconds.
 const FIRST_WAIT: i64 = 50_000;
 const LAST_WAIT: i64 = 5_000_000;
 
+const SECOND: i64 = 1_000_000;
+/// How long a step towards the cutover is tried again without success (preflight: its timeout).
+const FORWARD_PATIENCE: i64 = 120 * SECOND;
+/// How long an undo waits for a guest agent, whose watchdogs thaw the guest in any case.
+const THAW_PATIENCE: i64 = 10 * SECOND;
+/// How long the removal of a layer is tried; the guest manager finds it later in any case.
+const DISCARD_PATIENCE: i64 = 30 * SECOND;
+/// How long taps are asked of the old VMM before they are opened by name.
+const NETWORK_PATIENCE: i64 = 2 * SECOND;
+/// How long a clone that owns the guest may refuse to be activated before it is booted anew.
+const ACTIVATE_PATIENCE: i64 = 20 * SECOND;
+/// How long the clone's guest agent may stay silent; the guest runs without it.
+const AGENT_PATIENCE: i64 = 60 * SECOND;
+
 pub(super) fn failed(operation: &mut Operation, error: &EffectError, now: Moment) {
     let step = operation.step;
-    if step.is_held() {
+    if step.is_rollback() {
+        super::rollback::failed(operation, error, now);
+    } else if step.is_held() {
         held(operation, error, now);
     } else if step == Step::Commit {
         // Whether it happened is for `owner.json` to say, after a release has made it void.
@@ -123,7 +139,7 @@ fn backward_or_committed(operation: &mut Operation, error: &EffectError, now: Mo
     }
 }
 
-fn try_again(operation: &mut Operation, error: &EffectError, now: Moment) {
+pub(super) fn try_again(operation: &mut Operation, error: &EffectError, now: Moment) {
     let earlier = operation.trouble.take().filter(|trouble| trouble.count > 0);
     let count = earlier
         .as_ref()
@@ -141,7 +157,7 @@ fn try_again(operation: &mut Operation, error: &EffectError, now: Moment) {
     });
 }
 
-fn has_lasted(operation: &Operation, patience: i64, now: Moment) -> bool {
+pub(super) fn has_lasted(operation: &Operation, patience: i64, now: Moment) -> bool {
     operation
         .trouble
         .as_ref()
@@ -163,5 +179,27 @@ fn reason(step: Step, error: &EffectError) -> &'static str {
         (ErrorKind::Refused, Step::Confirm) => reasons::GUEST_REFUSED,
         (ErrorKind::Refused, Step::Integrate | Step::FinalIntegrate) => reasons::INTEGRATION_FAILED,
         _ => reasons::STEP_FAILED,
+    }
+}
+
+/// Where an undo goes when it has tried a step in vain for long enough; `None`: it is tried on.
+fn give_up(operation: &Operation) -> Option<(i64, Step)> {
+    Some(match operation.step {
+        Step::ThawUserland if operation.undo.is_some() => (THAW_PATIENCE, Step::ThawFilesystems),
+        Step::ThawFilesystems => (THAW_PATIENCE, Step::EndCapture),
+        Step::EndCapture => (THAW_PATIENCE, Step::KillClone),
+        Step::DiscardClone => (DISCARD_PATIENCE, Step::Done),
+        Step::HandOverNetwork => (NETWORK_PATIENCE, Step::ActivateClone),
+        Step::ActivateClone => (ACTIVATE_PATIENCE, Step::ColdBoot),
+        Step::ActivateAgent => (AGENT_PATIENCE, Step::Retire),
+        _ => return None,
+    })
+}
+
+/// How long a forward step may fail with `Retry` before the operation does.
+fn forward_patience(operation: &Operation) -> i64 {
+    match operation.step {
+        Step::Preflight => i64::MAX,
+        _ => FORWARD_PATIENCE,
     }
 }

@@ -45,7 +45,11 @@ impl Rules {
     pub fn ruling(&self, phase: Phase) -> Ruling {
         match phase {
             Phase::Pending => Ruling::Suspend,
-            Phase::CuttingOver | Phase::Succeeded | Phase::Failed | Phase::Aborted => Ruling::Wait,
+            // Here a person is waited for, or a window: that may take a day.
+            Phase::AwaitingCutover => Ruling::Abort,
+            Phase::CuttingOver | Phase::Succeeded | Phase::RolledBack | Phase::Failed | Phase::Aborted => {
+                Ruling::Wait
+            }
             Phase::Confirmed | Phase::Cloning | Phase::Rebooting | Phase::Integrating => {
                 if self.is_urgent || self.waited >= PATIENCE {
                     Ruling::Abort
@@ -71,8 +75,13 @@ mod tests {
                     assert_eq!(ruling(true, 0), Ruling::Suspend);
                     assert_eq!(ruling(false, i64::MAX), Ruling::Suspend);
                 }
-                // Never is a cutover cut.
-                Phase::CuttingOver | Phase::Succeeded | Phase::Failed | Phase::Aborted => {
+                Phase::AwaitingCutover => assert_eq!(ruling(false, 0), Ruling::Abort),
+                // Never is a cutover cut, nor a rollback.
+                Phase::CuttingOver
+                | Phase::Succeeded
+                | Phase::RolledBack
+                | Phase::Failed
+                | Phase::Aborted => {
                     assert_eq!(ruling(true, i64::MAX), Ruling::Wait);
                 }
                 _ => {

@@ -15,6 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use understudy_api::crd::Kind;
+use understudy_api::reboot::SeamlessRebootSpec;
 use understudy_api::validation::{FieldError, validate_change};
 use understudy_api::{Guest, Host, HostUpdate, NodeUpdate, ObjectMeta, SeamlessReboot, Time};
 use uuid::Uuid;
@@ -100,8 +101,24 @@ pub trait Object: Clone + PartialEq + Serialize + DeserializeOwned {
     }
 }
 
+/// The other spec, all of it.
+fn replace<S: Clone>(ours: &mut S, theirs: &S) {
+    *ours = theirs.clone();
+}
+
+/// The other spec, and what was asked before where it asks for nothing: once asked, an action is not taken back by
+/// taking it out of the manifest, whether anybody has acted on it yet or not.
+fn keep_action(ours: &mut SeamlessRebootSpec, theirs: &SeamlessRebootSpec) {
+    let asked = ours.action.take();
+    replace(ours, theirs);
+    ours.action = ours.action.take().or(asked);
+}
+
 macro_rules! object {
     ($kind:ident, $plural:literal, $status:ty) => {
+        object!($kind, $plural, $status, replace);
+    };
+    ($kind:ident, $plural:literal, $status:ty, $take_spec:ident) => {
         impl Object for $kind {
             const KIND: Kind = Kind::$kind;
             const PLURAL: &'static str = $plural;
@@ -120,7 +137,7 @@ macro_rules! object {
                 self.status = Some(status);
             }
             fn take_spec(&mut self, other: &Self) {
-                self.spec = other.spec.clone();
+                $take_spec(&mut self.spec, &other.spec);
             }
         }
     };
@@ -130,7 +147,8 @@ object!(Guest, "guests", understudy_api::GuestStatus);
 object!(
     SeamlessReboot,
     "seamlessreboots",
-    understudy_api::SeamlessRebootStatus
+    understudy_api::SeamlessRebootStatus,
+    keep_action
 );
 object!(HostUpdate, "hostupdates", understudy_api::HostUpdateStatus);
 object!(NodeUpdate, "nodeupdates", understudy_api::NodeUpdateStatus);

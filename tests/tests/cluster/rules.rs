@@ -36,6 +36,7 @@ const TEXTS: &[&str] = &[
     "web.img",
     "node-b",
     "Pending",
+    "Rehearse",
     "Root",
     "Data",
     "Systemd",

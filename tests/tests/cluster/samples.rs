@@ -25,8 +25,20 @@ pub fn good(kind: Kind, name: &str) -> Value {
                 "guestName": "web", "reason": "a newer kernel",
                 "expect": {"kernelRelease": "6.1.0-50-cloud-amd64"},
                 "services": {"hold": ["cron.service"], "stop": ["db@1.service"]},
-                "cutover": {"maxPause": "10s"}, "retainDormantFor": "10m",
-                "timeouts": {"pending": "1m", "cloning": "1m", "rebooting": "1m30s", "integrating": "1h"},
+                "cutover": {
+                    "mode": "Manual", "maxPause": "10s",
+                    "window": {"timeZone": "Europe/Berlin", "days": ["Sunday"], "start": "22:00", "end": "04:00"},
+                    "readiness": [
+                        {"name": "page", "httpGet": {"path": "/healthz", "port": 80}},
+                        {"name": "socket", "tcpSocket": {"port": 7000}, "periodSeconds": 2},
+                        {"name": "database", "exec": {"command": ["/usr/bin/pg_isready", ""]}},
+                    ],
+                },
+                "retainDormantFor": "10m", "action": {"type": "Rollback", "changes": "Discard"},
+                "timeouts": {
+                    "pending": "1m", "cloning": "1m", "rebooting": "1m30s", "integrating": "1h",
+                    "awaitingCutover": "8h",
+                },
             }),
             json!({"phase": "Failed"}),
         ),

@@ -61,7 +61,7 @@ pub fn reboot(name: &str, more: &str) -> String {
 pub fn ended(machine: &Machine, name: &str) -> Result<Value> {
     machine.wait_for("SeamlessReboot", name, "to end", REBOOT_LIMIT, |object| {
         let phase = object["status"]["phase"].as_str().unwrap_or_default();
-        Ok(["Succeeded", "Failed", "Aborted"]
+        Ok(["Succeeded", "RolledBack", "Failed", "Aborted"]
             .contains(&phase)
             .then(|| object.clone()))
     })

@@ -16,6 +16,7 @@ mod kubelet_bed;
 mod kubelet_update;
 mod node;
 mod refusals;
+mod rollback;
 mod sessions;
 mod vmm;
 
@@ -59,6 +60,10 @@ const TESTS: &[Test] = &[
 /// More reboots of the host, minutes each on an emulated one: `make e2e ARGS=--ignored` runs them, and with `T=name` one
 /// of them.
 const LONG: &[Test] = &[
+    (
+        "a_rehearsal_leaves_the_guest_alone_and_an_approved_cutover_is_rolled_back_while_it_serves",
+        rollback::a_rehearsal_leaves_the_guest_alone_and_an_approved_cutover_is_rolled_back_while_it_serves,
+    ),
     (
         "a_daemon_set_brings_the_agent_and_a_guest_is_rebooted_by_kubectl",
         kubelet::a_daemon_set_brings_the_agent_and_a_guest_is_rebooted_by_kubectl,

@@ -40,7 +40,8 @@ pub fn of(kind: Kind) -> Vec<Recorded> {
         Kind::Guest => guest(),
         Kind::SeamlessReboot => operations(kind, &Phase::ALL, Phase::as_str, |phase| match phase {
             Phase::Succeeded => Verdict::Current,
-            Phase::Failed | Phase::Aborted => Verdict::Failed,
+            Phase::RolledBack | Phase::Failed | Phase::Aborted => Verdict::Failed,
+            Phase::AwaitingCutover => Verdict::Suspended,
             _ => Verdict::InProgress,
         }),
         Kind::NodeUpdate => {

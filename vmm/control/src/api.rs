@@ -39,7 +39,8 @@ pub enum VmState {
     Paused,
     /// The session is saved: vCPUs are stopped until the save is cancelled or its lease runs out.
     Saved,
-    /// `owner.json` names another incarnation: this one never opens its gates again.
+    /// `owner.json` names another incarnation: this one opens its gates no more, unless that one commits to it
+    /// again.
     Dormant,
     /// The guest has powered itself off or crashed; the process ends or has ended its vCPUs.
     Exited,
@@ -227,9 +228,9 @@ pub struct MergeInfo {
 pub struct Commit {
     /// New epoch: the current one plus one.
     pub epoch: u64,
-    /// Incarnation of the clone.
+    /// Incarnation that becomes the owner: the clone; at a rollback the one that is dormant.
     pub incarnation: u64,
-    /// Top layer of the clone.
+    /// Its top layer.
     pub layer: Uuid,
     /// [`Counters::block_writes`] as reported when the write gate was closed.
     pub block_writes: u64,
@@ -243,7 +244,9 @@ pub struct GiveNetwork {
     pub socket: PathBuf,
 }
 
-/// Asks a clone that `owner.json` names to take the lock, attach its interfaces and open its gates.
+/// Asks a clone that `owner.json` names to take the lock, attach its interfaces and open its gates. At a rollback it
+/// asks the dormant incarnation the same: it takes back the taps that it gave away, and its kvm-clock goes on where it
+/// stopped.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Activate {

@@ -36,7 +36,7 @@ fn failed(action: &'static str) -> impl Fn(kvm_ioctls::Error) -> ChipsetError {
 /// Reads the state. All vCPUs are stopped and all devices are still, so that no interrupt is on its way.
 pub fn save(vm: &VmFd) -> Result<ChipsetState, ChipsetError> {
     // The clock first, and after the vCPUs were stopped: it is not before anything that the guest has read.
-    let clock = vm.get_clock().map_err(failed("reading kvm-clock"))?;
+    let clock_ns = read_clock(vm)?;
     let controllers = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
     let controllers = controllers
         .into_iter()
@@ -54,7 +54,7 @@ pub fn save(vm: &VmFd) -> Result<ChipsetState, ChipsetError> {
     Ok(ChipsetState {
         controllers,
         pit,
-        clock_ns: clock.clock,
+        clock_ns,
     })
 }
 
@@ -68,14 +68,20 @@ pub fn restore(vm: &VmFd, state: &ChipsetState) -> Result<(), ChipsetError> {
         .map_err(failed("setting the interval timer"))
 }
 
+/// What kvm-clock shows, in nanoseconds. vCPUs are stopped.
+pub fn read_clock(vm: &VmFd) -> Result<u64, ChipsetError> {
+    let clock = vm.get_clock().map_err(failed("reading kvm-clock"))?;
+    Ok(clock.clock)
+}
+
 /// Sets kvm-clock. It runs from then on, so that this is done just before the vCPUs run.
 ///
 /// Without `KVM_CLOCK_REALTIME`, which would add the time that has passed since the save: to the guest it
 /// did not pass. Its monotonic time goes on where it stopped, or its watchdogs would fire; its wall clock is
 /// stepped by the guest agent.
-pub fn restore_clock(vm: &VmFd, state: &ChipsetState) -> Result<(), ChipsetError> {
+pub fn set_clock(vm: &VmFd, clock_ns: u64) -> Result<(), ChipsetError> {
     let clock = kvm_clock_data {
-        clock: state.clock_ns,
+        clock: clock_ns,
         flags: 0,
         ..Default::default()
     };

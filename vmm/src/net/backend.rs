@@ -25,7 +25,7 @@ pub(super) enum Backend {
     Tap(Tap),
     /// To the agent's responder.
     Isolated(Isolated),
-    /// Nowhere: the tap belongs to another VMM, and is kept only so that it can be given again.
+    /// Nowhere: the tap belongs to another VMM, and is kept so that it can be given again, or taken back.
     Given(Tap),
 }
 
@@ -194,6 +194,21 @@ impl NetHandle {
             features: self.shared.features.load(Ordering::Acquire),
             fd,
         })
+    }
+
+    /// Uses the tap again that was given away, and is not used by whom it was given to any more. `false` where
+    /// none was given.
+    pub fn take_back(&self) -> Result<bool, NetError> {
+        let current = self.shared.backend().clone();
+        let Backend::Given(kept) = current.as_ref() else {
+            return Ok(false);
+        };
+        let tap = kept
+            .try_clone()
+            .and_then(Tap::from_fd)
+            .map_err(|source| self.error("taking back", source))?;
+        self.attach_tap(tap)?;
+        Ok(true)
     }
 
     fn replace(&self, backend: Backend) {

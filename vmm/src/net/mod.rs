@@ -304,6 +304,24 @@ pub fn attach_all(
     Ok(report)
 }
 
+/// Puts every interface back on the tap that it has given away; one that has kept none is left as it is, or with
+/// `open` opened by its name.
+pub fn take_back_all(interfaces: &[NetHandle], open: bool) -> Result<ActivateReport, NetError> {
+    let mut report = ActivateReport {
+        taps_received: 0,
+        taps_opened: 0,
+    };
+    for interface in interfaces {
+        if interface.take_back()? {
+            report.taps_received += 1;
+        } else if open && interface.is_isolated() {
+            interface.open()?;
+            report.taps_opened += 1;
+        }
+    }
+    Ok(report)
+}
+
 #[cfg(test)]
 #[path = "net_test.rs"]
 mod tests;

@@ -163,6 +163,12 @@ impl Devices {
         net::attach_all(&self.interfaces, handover, open)
     }
 
+    /// Takes the taps back that were given away: they were kept for that. With `open` what was not kept is
+    /// opened by name.
+    pub fn take_taps_back(&self, open: bool) -> Result<ActivateReport, NetError> {
+        net::take_back_all(&self.interfaces, open)
+    }
+
     /// Interfaces for the control API.
     pub fn interface_info(&self) -> Vec<InterfaceInfo> {
         self.interfaces

@@ -118,7 +118,9 @@ struct Inner {
     ownership: Option<Ownership>,
     /// The commit that made this VMM dormant.
     committed: Option<Commit>,
-    /// The epoch by which a clone was activated.
+    /// What kvm-clock showed when this VMM became dormant, in nanoseconds.
+    stopped_at: Option<u64>,
+    /// The epoch by which a clone, or a dormant incarnation again, was activated.
     activated: Option<(u64, api::ActivateReport)>,
     vcpus_closed: bool,
     lease: Option<Instant>,
@@ -182,6 +184,7 @@ impl Supervisor {
                 state: VmState::Prepared,
                 ownership,
                 committed: None,
+                stopped_at: None,
                 activated: None,
                 vcpus_closed: false,
                 lease: None,

@@ -10,9 +10,11 @@ use understudy_vmm_control::api::{
 use understudy_vmm_control::config::Role;
 use understudy_vmm_control::owner::{OWNER_VERSION, Owner};
 
+use super::devices::Devices;
 use super::fence::{self, Ownership};
 use super::{Inner, Supervisor};
 use crate::machine::board::Event;
+use crate::machine::vm_state;
 
 /// Longest lease.
 const MAX_LEASE_MS: u64 = 600_000;
@@ -276,10 +278,11 @@ impl Supervisor {
                 commit.epoch, current.epoch
             )));
         }
-        if commit.incarnation <= self.config.incarnation {
+        // A rollback goes back to an incarnation of before; the epoch grows in either direction.
+        if commit.incarnation == self.config.incarnation {
             return Err(OperationError::Bad(format!(
-                "incarnation: {} does not follow {}",
-                commit.incarnation, self.config.incarnation
+                "incarnation: {} is this one",
+                commit.incarnation
             )));
         }
         Ok(current)
@@ -288,7 +291,15 @@ impl Supervisor {
     fn become_dormant(&self, inner: &mut Inner, commit: &Commit) {
         inner.state = VmState::Dormant;
         inner.committed = Some(commit.clone());
+        // What it was activated for is over: only another commit to it can activate it again.
+        inner.activated = None;
         inner.lease = None;
+        // Only a way back needs it, which may never be gone.
+        inner.stopped_at = inner.assembly.as_ref().and_then(|assembly| {
+            vm_state::read_clock(&assembly.vm)
+                .inspect_err(|error| tracing::warn!(%error, "the dormant guest would see its time jump"))
+                .ok()
+        });
         // The lock goes last: whoever takes it finds everything decided.
         inner.ownership = None;
     }
@@ -304,7 +315,7 @@ impl Supervisor {
         }
     }
 
-    /// Makes a clone the owner.
+    /// Makes a clone the owner, or a dormant incarnation again.
     pub fn activate(&self, activate: &Activate) -> Result<ActivateReport, OperationError> {
         let mut inner = self.lock();
         if let Some((epoch, report)) = inner.activated
@@ -312,21 +323,17 @@ impl Supervisor {
         {
             return Ok(report);
         }
+        if inner.state == VmState::Dormant {
+            return self.reactivate(&mut inner, activate);
+        }
         self.must_run(&inner, "activate")?;
         if inner.role == Role::Active {
             return Err(conflict("activate: this VMM owns the guest already"));
         }
-        let (ownership, owner) = Ownership::take(&self.state_dir, self.config.incarnation)
-            .map_err(|error| conflict(error.to_string()))?;
-        if owner.epoch != activate.epoch {
-            return Err(conflict(format!(
-                "activate: owner.json has epoch {} where {} was committed",
-                owner.epoch, activate.epoch
-            )));
-        }
         let (Some(devices), Some(handover)) = (&inner.devices, &inner.handover) else {
             return Err(conflict("activate: the clone has not booted"));
         };
+        let ownership = self.take_ownership(devices, activate)?;
         let report = devices
             .attach_taps(handover, activate.open_taps)
             .map_err(failed)?;
@@ -339,6 +346,63 @@ impl Supervisor {
             ?report,
             "activated: this incarnation owns the guest"
         );
+        Ok(report)
+    }
+
+    fn take_ownership(&self, devices: &Devices, activate: &Activate) -> Result<Ownership, OperationError> {
+        let (ownership, owner) = Ownership::take(&self.state_dir, self.config.incarnation)
+            .map_err(|error| conflict(error.to_string()))?;
+        if owner.epoch != activate.epoch {
+            return Err(conflict(format!(
+                "activate: owner.json has epoch {} where {} was committed",
+                owner.epoch, activate.epoch
+            )));
+        }
+        // After a rollback the next clone has the number of the one that was rolled back: the layer tells them apart.
+        let top = devices.root().info().layers.first().copied();
+        if owner.layer != top {
+            return Err(conflict(format!(
+                "activate: owner.json names the layer {:?} and not {top:?}, on which this incarnation runs",
+                owner.layer
+            )));
+        }
+        Ok(ownership)
+    }
+
+    /// The way back: another incarnation has committed to this one, which goes on where it was paused.
+    fn reactivate(&self, inner: &mut Inner, activate: &Activate) -> Result<ActivateReport, OperationError> {
+        let (Some(devices), Some(assembly)) = (&inner.devices, &inner.assembly) else {
+            return Err(conflict("activate: the guest has stopped"));
+        };
+        if let Some(error) = inner.resumed.as_ref().and_then(|from| from.error()) {
+            return Err(conflict(format!(
+                "activate: the memory of the dormant guest is damaged ({error})"
+            )));
+        }
+        let ownership = self.take_ownership(devices, activate)?;
+        // Those that were given away were kept for this; others were never let go of.
+        let report = devices.take_taps_back(activate.open_taps).map_err(failed)?;
+        if let Some(stopped_at) = inner.stopped_at.take()
+            && let Err(error) = vm_state::set_clock(&assembly.vm, stopped_at)
+        {
+            tracing::warn!(%error, "the guest sees the time jump in which it was dormant");
+        }
+        let has_stopped = assembly.vcpus.any_ended() || assembly.board.has_asked();
+        inner.ownership = Some(ownership);
+        inner.role = Role::Active;
+        inner.committed = None;
+        inner.activated = Some((activate.epoch, report));
+        inner.state = VmState::Paused;
+        self.open_all(inner);
+        tracing::info!(
+            epoch = activate.epoch,
+            ?report,
+            "activated: this incarnation owns the guest again"
+        );
+        if has_stopped {
+            // What it had asked for just before it was paused was not carried out.
+            self.reset_locked(inner);
+        }
         Ok(report)
     }
 }

@@ -190,7 +190,7 @@ impl Supervisor {
         reader.mark_consumed()?;
         laps.lap("consumed");
         let late = |error: &dyn std::fmt::Display| ResumeError::Late(error.to_string());
-        vm_state::restore_clock(&assembly.vm, &state.chipset).map_err(|error| late(&error))?;
+        vm_state::set_clock(&assembly.vm, state.chipset.clock_ns).map_err(|error| late(&error))?;
         assembly.board.resume().map_err(|error| late(&error))?;
         take_up(devices.disks())?;
         inner.kernel = state.kernel.clone();

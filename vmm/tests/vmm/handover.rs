@@ -179,6 +179,69 @@ fn a_commit_is_refused_unless_everything_holds_and_moves_the_guest_when_it_does(
 }
 
 #[test]
+fn a_commit_back_lets_the_dormant_incarnation_go_on_and_the_clone_never_again() {
+    if !have_kvm() {
+        return;
+    }
+    let guest = Guest::new();
+    let (old, mut new, clone_layer) = split_and_clone(&guest);
+    let guest_layer = guest.owner().layer.unwrap();
+    let commit = |vmm: &Vmm, epoch, incarnation, layer| {
+        let block_writes = hold(&vmm.client, 60_000).unwrap();
+        let commit = Commit {
+            epoch,
+            incarnation,
+            layer,
+            block_writes,
+        };
+        vmm.client.commit(&commit).unwrap();
+        vmm.client.commit(&commit).unwrap();
+    };
+    let activate = |epoch| Activate {
+        epoch,
+        open_taps: false,
+    };
+    commit(&old, 2, 2, clone_layer);
+    new.client.activate(&activate(2)).unwrap();
+    new.makes_progress();
+    // Nobody has committed to it: it stays dormant.
+    for epoch in [1, 2, 3] {
+        assert_eq!(status(old.client.activate(&activate(epoch)).unwrap_err()), 409);
+    }
+    assert_eq!(old.info().state, VmState::Dormant);
+    let boots = old.info().boots;
+
+    commit(&new, 3, 1, guest_layer);
+    let owner = guest.owner();
+    assert_eq!((owner.epoch, owner.incarnation), (3, 1));
+    assert_eq!(owner.layer, Some(guest_layer));
+    assert_eq!(new.info().state, VmState::Dormant);
+    assert_eq!(status(old.client.activate(&activate(2)).unwrap_err()), 409);
+    let report = old.client.activate(&activate(3)).unwrap();
+    assert_eq!(old.client.activate(&activate(3)).unwrap(), report);
+    let info = old.info();
+    assert!(info.owner);
+    assert_eq!((info.state, info.gates), (VmState::Running, Gates::default()));
+    assert_eq!(info.boots, boots, "it goes on, and does not boot");
+    old.makes_progress();
+    // The clone's turn is over, whatever is asked of it.
+    assert_eq!(status(new.client.activate(&activate(2)).unwrap_err()), 409);
+    assert_eq!(status(new.client.release().unwrap_err()), 409);
+    new.client.vm("stop").unwrap();
+    assert!(new.end().success(), "{}", new.stderr());
+    // It is a guest like any other again, and may be split and committed anew.
+    let (again, next) = (Uuid::new_v4(), Uuid::new_v4());
+    let prepare = PrepareSplit {
+        guest_layer: again,
+        clone_layer: next,
+    };
+    old.client.prepare_split("root", &prepare).unwrap();
+    old.client.split("root", &Split { guest_layer: again }).unwrap();
+    commit(&old, 4, 2, next);
+    assert_eq!(guest.owner().epoch, 4);
+}
+
+#[test]
 fn a_clone_whose_guest_was_not_committed_never_owns_it() {
     if !have_kvm() {
         return;

@@ -6,12 +6,16 @@ use understudy_api::conditions::reasons;
 use understudy_api::reboot::{FailedUnit, Remains, StartedUnit};
 use understudy_vmm_control::owner::Owner;
 
+use super::super::approval::is_news;
 use super::super::effects::{
-    Activation, CloneBoot, EffectError, Effected, Effects, ErrorKind, Preflight, Round, Sealed, SplitOutcome,
+    Activation, Asked, CloneBoot, Dormancy, EffectError, Effected, Effects, ErrorKind, Preflight, Round,
+    Sealed, SplitOutcome,
 };
+use super::super::readiness::current;
 use super::super::record::{Moment, Operation};
 use super::machines::{Answer, Command, GateSet, No};
 use super::mutations::Mutation;
+use super::scenario::WAVERING;
 use super::world::*;
 
 /// Thrown where the agent dies.
@@ -176,15 +180,24 @@ fn is_for_vmm(command: &Command) -> bool {
             | Command::Release
             | Command::Commit { .. }
             | Command::GiveNetwork
+            | Command::ActivateGuest { .. }
             | Command::BootClone
             | Command::ActivateClone { .. }
+            | Command::HoldClone { .. }
+            | Command::ReleaseClone
+            | Command::CommitBack { .. }
     )
 }
 
 fn is_for_clone(command: &Command) -> bool {
     matches!(
         command,
-        Command::BootClone | Command::ActivateClone { .. } | Command::ActivateAgent
+        Command::BootClone
+            | Command::ActivateClone { .. }
+            | Command::ActivateAgent
+            | Command::HoldClone { .. }
+            | Command::ReleaseClone
+            | Command::CommitBack { .. }
     )
 }
 
@@ -193,16 +206,25 @@ impl Effects for World {
         moment(self.now)
     }
 
-    fn wait(&mut self, until: Moment) {
+    fn wait(&mut self, operation: &Operation, until: Moment) {
         self.crash_point();
         if self.calm {
             assert!(self.guest.serves(), "the guest is held while the engine waits");
         }
-        self.advance_to(until.boot_us);
+        while self.now < until.boot_us && !self.stop {
+            let asked = self.asked(operation);
+            if is_news(operation, &asked) {
+                return;
+            }
+            self.advance_to(until.boot_us.min(self.now + 100 * MS));
+        }
     }
 
-    fn abort_requested(&mut self, _: &Operation) -> Option<String> {
-        self.abort.then(|| "it was deleted".to_owned())
+    fn asked(&mut self, _: &Operation) -> Asked {
+        Asked {
+            abort: self.abort.then(|| "it was deleted".to_owned()),
+            action: self.action,
+        }
     }
 
     fn must_stop(&mut self) -> bool {
@@ -249,6 +271,8 @@ impl Effects for World {
                 active: false,
                 agent_active: false,
                 has_tap: false,
+                held: None,
+                dormant: false,
             });
             self.note(Event::CloneStarted);
         }
@@ -407,6 +431,46 @@ impl Effects for World {
         })
     }
 
+    fn probe(&mut self, operation: &Operation) -> Effected<super::super::effects::Answer> {
+        self.crash_point();
+        self.latency();
+        let Some(clone) = &self.clone else {
+            return clone_gone();
+        };
+        assert!(clone.booted.is_some(), "a clone is asked that has not booted");
+        if self.in_trouble() {
+            return retry("the guest agent does not answer");
+        }
+        let wavers = current(operation).unwrap().name == WAVERING;
+        self.probed += u32::from(wavers);
+        let ready = match self.readiness {
+            Readiness::Never => !wavers,
+            Readiness::Late => !wavers || self.probed > 2,
+            Readiness::Ready | Readiness::Unasked => true,
+        };
+        self.crash_point();
+        Ok(super::super::effects::Answer {
+            ready,
+            message: "so it is".to_owned(),
+        })
+    }
+
+    fn watch(&mut self, _: &Operation) -> Effected<()> {
+        if !self.guest.alive {
+            return Err(EffectError::new(
+                ErrorKind::GuestGone,
+                "the guest's VMM has ended",
+            ));
+        }
+        match self.clone {
+            Some(_) => Ok(()),
+            None => Err(EffectError::new(
+                ErrorKind::CloneGone,
+                "the clone's VMM has ended",
+            )),
+        }
+    }
+
     fn hold_ingress(&mut self, operation: &Operation, lease_ms: u64) -> Effected<()> {
         self.owns(operation)?;
         self.hold(GateSet::Receive, lease_ms).map(|_| ())
@@ -496,6 +560,11 @@ impl Effects for World {
 
     fn kill_clone(&mut self, _: &Operation) -> Effected<()> {
         self.crash_point();
+        assert_ne!(
+            self.owner.layer,
+            Some(CLONE_LAYER),
+            "the owner's machine is ended"
+        );
         if !self.is(Mutation::NoKill) {
             self.clone = None;
         }
@@ -550,7 +619,7 @@ impl Effects for World {
             self.guest.alive && !self.guest.dormant && self.owner.incarnation == self.guest.incarnation;
         if !done {
             assert!(
-                operation.is_owned_by_clone(&self.owner),
+                operation.is_owned_by_clone(&self.owner) || operation.is_rolled_back(&self.owner),
                 "a cold boot of what it does not own"
             );
             self.boot_guest();
@@ -572,6 +641,61 @@ impl Effects for World {
         self.note(Event::Retired);
         self.crash_point();
         Ok(())
+    }
+
+    fn find_dormant(&mut self, operation: &Operation) -> Effected<Dormancy> {
+        self.crash_point();
+        self.latency();
+        if self.in_trouble() {
+            return retry("the VMM's control socket does not answer");
+        }
+        let clone_serves = self.clone.as_ref().is_some_and(|clone| clone.active);
+        let is_dormant = self.guest.alive && self.guest.dormant;
+        if !operation.is_owned_by_clone(&self.owner)
+            || !clone_serves
+            || !is_dormant
+            || self.retired.is_none()
+            || self.guest.incarnation != operation.guest_incarnation()
+        {
+            return Err(EffectError::new(ErrorKind::Refused, "nothing is dormant"));
+        }
+        let epoch = self.owner.epoch;
+        Ok(Dormancy { epoch })
+    }
+
+    fn hold_clone(&mut self, _: &Operation, lease_ms: u64) -> Effected<u64> {
+        let lease = i64::try_from(lease_ms).unwrap() * MS;
+        self.send(Command::HoldClone { lease }).map(|_| 0)
+    }
+
+    fn commit_back(&mut self, operation: &Operation) -> Effected<()> {
+        let epoch = operation.rollback.as_ref().unwrap().epoch;
+        self.send(Command::CommitBack { epoch }).map(|_| ())
+    }
+
+    fn release_clone(&mut self, _: &Operation) -> Effected<()> {
+        if self.is(Mutation::NoReleaseOfClone) {
+            return Ok(());
+        }
+        self.send(Command::ReleaseClone).map(|_| ())
+    }
+
+    fn activate_guest(&mut self, operation: &Operation) -> Effected<()> {
+        self.owns(operation)?;
+        let epoch = operation.rollback.as_ref().unwrap().epoch;
+        self.send(Command::ActivateGuest { epoch }).map(|_| ())
+    }
+
+    fn reinstate(&mut self, operation: &Operation) -> Effected<Option<Moment>> {
+        self.owns(operation)?;
+        self.crash_point();
+        self.retired = None;
+        self.note(Event::Reinstated);
+        self.crash_point();
+        if self.in_trouble() {
+            return retry("the guest agent does not answer");
+        }
+        Ok(Some(moment(self.now)))
     }
 }
 

@@ -3,9 +3,11 @@
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use understudy_api::Phase;
+use understudy_api::conditions::reasons;
+use understudy_api::reboot::{ActionType, CutoverMode};
 
-use super::scenario::{Ended, Scenario, play};
-use super::world::{BootFate, Fault, MS, SECOND};
+use super::scenario::{Ended, Scenario, WITH_WAYS_BACK, play};
+use super::world::{BootFate, Fault, MS, Readiness, SECOND};
 
 /// Seeds that found a defect once, in the engine or in this world; each is played for ever.
 const KEPT: &[u64] = &[
@@ -71,6 +73,58 @@ fn two_crashes_at_any_two_points_are_gone_over_as_well() {
 }
 
 #[test]
+fn a_crash_at_any_point_of_a_rollback_leaves_the_guest_with_one_owner_who_serves() {
+    let (mut rolled_back, mut refused) = (0, 0);
+    for seed in 0..4 {
+        let mut scenario = Scenario::quiet(seed);
+        let before = play_or_tell(&scenario).crash_points;
+        scenario.rollback = Some(SECOND);
+        let points = play_or_tell(&scenario).crash_points;
+        assert!(points > before + 15, "only {} crash points", points - before);
+        for point in before..=points {
+            for after in [None, Some(1), Some(4), Some(9)] {
+                scenario.crash_at = [point]
+                    .into_iter()
+                    .chain(after.map(|after| point + after))
+                    .collect();
+                match play_or_tell(&scenario).verdict.phase {
+                    Phase::RolledBack => rolled_back += 1,
+                    _ => refused += 1,
+                }
+            }
+        }
+    }
+    // Whoever dies, the next one tries again.
+    assert!(
+        rolled_back > 300 && refused == 0,
+        "{rolled_back} rolled back, {refused} not"
+    );
+}
+
+#[test]
+fn a_crash_at_any_point_of_a_manual_cutover_or_a_rehearsal_loses_nothing() {
+    for mode in [CutoverMode::Manual, CutoverMode::Rehearse] {
+        let mut scenario = Scenario::quiet(7);
+        scenario.mode = mode;
+        scenario.faults = vec![
+            (8 * SECOND, Fault::Ask(Some(ActionType::Proceed))),
+            // Git takes it out again.
+            (9 * SECOND, Fault::Ask(None)),
+        ];
+        let whole = play_or_tell(&scenario);
+        assert_eq!(whole.verdict.phase, Phase::Succeeded, "{:?}", whole.verdict);
+        let mut succeeded = 0;
+        for point in 1..=whole.crash_points {
+            scenario.crash_at = vec![point];
+            let ended = play_or_tell(&scenario);
+            succeeded += u64::from(ended.verdict.phase == Phase::Succeeded);
+        }
+        let played = whole.crash_points;
+        assert!(succeeded * 10 >= played * 9, "{mode:?}: {succeeded} of {played}");
+    }
+}
+
+#[test]
 fn a_pause_that_is_hard_to_keep_ends_one_way_or_the_other() {
     let (mut kept, mut given_up) = (0, 0);
     for seed in 0..300 {
@@ -120,14 +174,48 @@ fn a_clone_that_does_not_come_up_costs_nothing() {
 }
 
 #[test]
+fn a_clone_that_is_not_ready_costs_nothing_and_one_that_becomes_so_takes_over() {
+    for (readiness, mode, phase) in [
+        (Readiness::Never, CutoverMode::Automatic, Phase::Failed),
+        (Readiness::Never, CutoverMode::Rehearse, Phase::Failed),
+        (Readiness::Late, CutoverMode::Automatic, Phase::Succeeded),
+    ] {
+        let mut scenario = Scenario::quiet(11);
+        (scenario.readiness, scenario.mode) = (readiness, mode);
+        let whole = play_or_tell(&scenario);
+        assert_eq!(whole.verdict.phase, phase, "{:?}", whole.verdict);
+        let told: Vec<_> = whole
+            .operation
+            .result
+            .readiness
+            .iter()
+            .map(|told| told.ready)
+            .collect();
+        assert_eq!(told, [Some(true), Some(readiness == Readiness::Late)]);
+        for point in 1..=whole.crash_points {
+            scenario.crash_at = vec![point];
+            play_or_tell(&scenario);
+        }
+    }
+}
+
+#[test]
 fn thousands_of_wild_runs_keep_every_promise() {
     let runs = std::env::var("UNDERSTUDY_SIM_RUNS").map_or(4000, |runs| runs.parse().unwrap());
-    let mut ends = [0u32; 3];
-    for seed in KEPT.iter().copied().chain(10_000..10_000 + runs) {
+    let mut ends = [0u32; 5];
+    let with_ways_back = WITH_WAYS_BACK..WITH_WAYS_BACK + runs;
+    for seed in KEPT
+        .iter()
+        .copied()
+        .chain(10_000..10_000 + runs)
+        .chain(with_ways_back)
+    {
         let ended = play_or_tell(&Scenario::wild(seed));
         match ended.verdict.phase {
+            Phase::Succeeded if ended.verdict.reason == reasons::REHEARSED => ends[3] += 1,
             Phase::Succeeded => ends[0] += 1,
             Phase::Failed => ends[1] += 1,
+            Phase::RolledBack => ends[4] += 1,
             _ => ends[2] += 1,
         }
     }

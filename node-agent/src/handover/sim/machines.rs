@@ -11,21 +11,43 @@ pub enum Command {
     Confirm,
     EndCapture,
     Sync,
-    FreezeFilesystems { watchdog: i64 },
+    FreezeFilesystems {
+        watchdog: i64,
+    },
     ThawFilesystems,
-    FreezeUserland { watchdog: i64 },
+    FreezeUserland {
+        watchdog: i64,
+    },
     ThawUserland,
     // VMM of the guest.
     PrepareSplit,
     Split,
-    Hold { gates: GateSet, lease: i64 },
+    Hold {
+        gates: GateSet,
+        lease: i64,
+    },
     Release,
-    Commit { block_writes: u64 },
+    Commit {
+        block_writes: u64,
+    },
     GiveNetwork,
+    /// The way back: the dormant goes on.
+    ActivateGuest {
+        epoch: u64,
+    },
     // The clone.
     BootClone,
-    ActivateClone { open_taps: bool },
+    ActivateClone {
+        open_taps: bool,
+    },
     ActivateAgent,
+    HoldClone {
+        lease: i64,
+    },
+    ReleaseClone,
+    CommitBack {
+        epoch: u64,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +91,9 @@ impl World {
             | Command::ThawFilesystems
             | Command::FreezeUserland { .. }
             | Command::ThawUserland => self.guest_agent(command),
+            Command::HoldClone { .. } | Command::ReleaseClone | Command::CommitBack { .. } => {
+                self.active_clone(command)
+            }
             Command::BootClone | Command::ActivateClone { .. } | Command::ActivateAgent => {
                 self.clone_machine(command)
             }
@@ -125,6 +150,9 @@ impl World {
     fn guest_vmm(&mut self, command: &Command) -> Result<Answer, No> {
         if !self.guest.alive {
             return Err(No::Gone);
+        }
+        if let Command::ActivateGuest { epoch } = *command {
+            return self.activate_guest(epoch);
         }
         if self.guest.dormant {
             return match command {
@@ -218,6 +246,57 @@ impl World {
         Ok(Answer::default())
     }
 
+    /// The dormant incarnation, to which the clone has committed.
+    fn activate_guest(&mut self, epoch: u64) -> Result<Answer, No> {
+        if !self.guest.dormant {
+            return Ok(Answer::default());
+        }
+        let named = self.owner.incarnation == self.guest.incarnation && self.owner.epoch == epoch;
+        let lock_is_free = self.clone.as_ref().is_none_or(|clone| clone.dormant);
+        if !named || !lock_is_free {
+            return Err(No::Conflict);
+        }
+        self.guest.dormant = false;
+        self.guest.gates = Gates::default();
+        self.note(Event::GuestActivated);
+        Ok(Answer::default())
+    }
+
+    /// The clone's VMM, once the clone owns the guest.
+    fn active_clone(&mut self, command: &Command) -> Result<Answer, No> {
+        let now = self.now;
+        let careless = self.is(Mutation::CommitIgnoresLease);
+        let guest = self.guest.incarnation;
+        let clone = self.clone.as_mut().ok_or(No::Gone)?;
+        if clone.dormant {
+            return match command {
+                Command::HoldClone { .. } => Err(No::Conflict),
+                // Asked again after it was done; nothing is held.
+                _ => Ok(Answer::default()),
+            };
+        }
+        if !clone.active {
+            return Err(No::Conflict);
+        }
+        match *command {
+            Command::HoldClone { lease } => clone.held = Some(now + lease),
+            Command::ReleaseClone => clone.held = None,
+            Command::CommitBack { epoch } => {
+                if clone.held.is_none() && !careless || self.owner.epoch + 1 != epoch {
+                    return Err(No::Conflict);
+                }
+                clone.dormant = true;
+                clone.held = None;
+                self.owner.epoch = epoch;
+                self.owner.incarnation = guest;
+                self.owner.layer = Some(GUEST_LAYER);
+                self.note(Event::CommittedBack);
+            }
+            _ => return Err(No::Conflict),
+        }
+        Ok(Answer::default())
+    }
+
     fn clone_machine(&mut self, command: &Command) -> Result<Answer, No> {
         let content = self
             .clone
@@ -244,6 +323,9 @@ impl World {
             }
             Command::ActivateClone { open_taps } => {
                 if owner.layer != Some(CLONE_LAYER) || owner.incarnation != clone.incarnation {
+                    return Err(No::Conflict);
+                }
+                if clone.dormant {
                     return Err(No::Conflict);
                 }
                 if !clone.has_tap && (!open_taps || guest_holds_tap) {

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::panic::{catch_unwind, set_hook, take_hook};
 use std::sync::Once;
 
-use super::scenario::{Scenario, play};
+use super::scenario::{Scenario, WITH_WAYS_BACK, play};
 
 /// What is left out, or believed, by mistake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,9 +31,11 @@ pub enum Mutation {
     NoThaw,
     /// An undo leaves the clone's VMM alone.
     NoKill,
+    /// Taking a rollback back does not release the clone first.
+    NoReleaseOfClone,
 }
 
-const ALL: [Mutation; 11] = [
+const ALL: [Mutation; 12] = [
     Mutation::ConfirmWithoutCapture,
     Mutation::TrustAnySplit,
     Mutation::NoFinalRound,
@@ -45,6 +47,7 @@ const ALL: [Mutation; 11] = [
     Mutation::OwnerFromMemory,
     Mutation::NoThaw,
     Mutation::NoKill,
+    Mutation::NoReleaseOfClone,
 ];
 
 thread_local! {
@@ -77,7 +80,9 @@ fn every_step_that_is_left_out_is_found() {
                 scenario.mutation = Some(mutation);
                 fails(&scenario)
             };
-            fails_with(Scenario::tight(*seed)) || fails_with(Scenario::wild(*seed))
+            fails_with(Scenario::tight(*seed))
+                || fails_with(Scenario::wild(*seed))
+                || fails_with(Scenario::wild(WITH_WAYS_BACK + *seed))
         });
         match found {
             Some(seed) => println!("{mutation:?}: found by seed {seed}"),

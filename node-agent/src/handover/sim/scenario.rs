@@ -6,16 +6,21 @@ use std::rc::Rc;
 
 use understudy_api::Phase;
 use understudy_api::conditions::reasons;
-use understudy_api::reboot::OnConflict;
+use understudy_api::readiness::{Probe, TcpSocket};
+use understudy_api::reboot::{ActionType, CutoverMode, OnConflict};
 
 use super::super::driver::{Run, run};
 use super::super::effects::Report;
 use super::super::journal::{Journal, JournalError, decode, encode};
 use super::super::plan::Plan;
 use super::super::record::{Operation, Verdict};
+use super::super::rollback;
 use super::agent::{Crash, NEW_KERNEL, moment};
 use super::mutations::Mutation;
 use super::world::*;
+
+/// Seeds from here on have modes of cutover, actions and rollbacks as well; those below play as they always did.
+pub const WITH_WAYS_BACK: u64 = 100_000;
 
 /// What a run starts from. All else follows from the seed.
 #[derive(Clone, Debug)]
@@ -27,8 +32,12 @@ pub struct Scenario {
     pub trouble: u64,
     pub faults: Vec<(i64, Fault)>,
     pub boot_fate: BootFate,
+    pub readiness: Readiness,
     pub max_pause: i64,
     pub expects: bool,
+    pub mode: CutoverMode,
+    /// After which time a reboot that has succeeded is to be rolled back.
+    pub rollback: Option<i64>,
     pub mutation: Option<Mutation>,
 }
 
@@ -41,8 +50,11 @@ impl Scenario {
             trouble: 0,
             faults: Vec::new(),
             boot_fate: BootFate::Good,
+            readiness: Readiness::Unasked,
             max_pause: 300 * MS,
             expects: true,
+            mode: CutoverMode::Automatic,
+            rollback: None,
             mutation: None,
         }
     }
@@ -87,7 +99,42 @@ impl Scenario {
                 }
             }
         }
+        if seed >= WITH_WAYS_BACK {
+            scenario.find_ways_back(&mut rng);
+        }
         scenario
+    }
+
+    fn find_ways_back(&mut self, rng: &mut super::rng::Rng) {
+        self.mode = match rng.below(6) {
+            0 | 1 => CutoverMode::Manual,
+            2 => CutoverMode::Rehearse,
+            _ => CutoverMode::Automatic,
+        };
+        if self.mode == CutoverMode::Manual && rng.chance(800) {
+            let at = rng.range(0, 8 * SECOND);
+            self.faults.push((at, Fault::Ask(Some(ActionType::Proceed))));
+            if rng.chance(300) {
+                self.faults.push((at + rng.range(1, SECOND), Fault::Ask(None)));
+            }
+        }
+        if rng.chance(100) {
+            let action = [ActionType::Abort, ActionType::Rollback][rng.below(2)];
+            self.faults
+                .push((rng.range(0, 8 * SECOND), Fault::Ask(Some(action))));
+        }
+        if rng.chance(600) {
+            self.rollback = Some(rng.range(0, 4 * SECOND));
+            for _ in 0..rng.below(4) {
+                self.crash_at.push(u64::try_from(rng.range(100, 400)).unwrap());
+            }
+        }
+        self.readiness = match rng.below(10) {
+            0 => Readiness::Never,
+            1 => Readiness::Late,
+            2 | 3 => Readiness::Ready,
+            _ => Readiness::Unasked,
+        };
     }
 }
 
@@ -159,6 +206,7 @@ pub fn play(scenario: &Scenario) -> Ended {
     world.mutation = scenario.mutation;
     world.trouble = scenario.trouble;
     world.boot_fate = scenario.boot_fate;
+    world.readiness = scenario.readiness;
     world.calm = scenario.trouble == 0 && scenario.crash_at.is_empty() && scenario.faults.is_empty();
     world.calm_from = world.now + 20 * SECOND;
     world.end = world.now + 2000 * SECOND;
@@ -178,27 +226,23 @@ pub fn play(scenario: &Scenario) -> Ended {
         shared: Rc::clone(&world.shared),
         disk: None,
     };
-    let operation = loop {
-        let (operation, recovered) = match &journal.disk {
-            Some(record) => (decode(record, Path::new("journal")).unwrap(), true),
-            None => (new_operation(scenario, world.now), false),
-        };
-        let result = catch_unwind(AssertUnwindSafe(|| {
-            run(operation, recovered, &mut world, &mut journal, &mut Nobody)
-        }));
-        match result {
-            Ok(Run::Finished(operation)) => break operation,
-            Ok(Run::Stopped(_)) => world.stop = false,
-            Err(payload) if payload.is::<Crash>() => {}
-            Err(payload) => resume_unwind(payload),
-        }
-        let pause = world.rng.range(MS, 700 * MS);
-        world.advance(pause);
-    };
+    let mut operation = drive(&mut world, &mut journal, |now| new_operation(scenario, now));
+    let way_back = scenario
+        .rollback
+        .filter(|_| operation.phase() == Phase::Succeeded && operation.rollback.is_none());
+    if let Some(after) = way_back {
+        world.advance(after);
+        // Its end was told, and its record is gone.
+        journal.disk = None;
+        let succeeded = operation.clone();
+        operation = drive(&mut world, &mut journal, |now| {
+            rollback::begin(succeeded.clone(), moment(now))
+        });
+    }
     // From now on the guest manager looks after the guest.
     let owner_runs = match (&world.clone, world.guest.alive && !world.guest.dormant) {
         (_, true) => true,
-        (Some(clone), false) => clone.active,
+        (Some(clone), false) => clone.active && !clone.dormant,
         (None, false) => false,
     };
     if !owner_runs {
@@ -216,6 +260,27 @@ pub fn play(scenario: &Scenario) -> Ended {
     }
 }
 
+/// Runs an operation to its end, agent after agent.
+fn drive(world: &mut World, journal: &mut SimJournal, begin: impl Fn(i64) -> Operation) -> Operation {
+    loop {
+        let (operation, recovered) = match &journal.disk {
+            Some(record) => (decode(record, Path::new("journal")).unwrap(), true),
+            None => (begin(world.now), false),
+        };
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            run(operation, recovered, world, journal, &mut Nobody)
+        }));
+        match result {
+            Ok(Run::Finished(operation)) => return operation,
+            Ok(Run::Stopped(_)) => world.stop = false,
+            Err(payload) if payload.is::<Crash>() => {}
+            Err(payload) => resume_unwind(payload),
+        }
+        let pause = world.rng.range(MS, 700 * MS);
+        world.advance(pause);
+    }
+}
+
 pub fn new_operation(scenario: &Scenario, now: i64) -> Operation {
     let plan = Plan {
         reason: None,
@@ -230,6 +295,13 @@ pub fn new_operation(scenario: &Scenario, now: i64) -> Operation {
         rebooting: 8 * SECOND,
         integrating: 30 * SECOND,
         retain_dormant: 60 * SECOND,
+        mode: scenario.mode,
+        window: None,
+        readiness: match scenario.readiness {
+            Readiness::Unasked => Vec::new(),
+            _ => vec![probe("page"), probe(WAVERING)],
+        },
+        awaiting_cutover: 40 * SECOND,
     };
     Operation::new(
         "6f2c".to_owned(),
@@ -239,6 +311,23 @@ pub fn new_operation(scenario: &Scenario, now: i64) -> Operation {
         (GUEST_LAYER, CLONE_LAYER),
         moment(now),
     )
+}
+
+/// The probe that answers as the scenario says; the other one is ready.
+pub const WAVERING: &str = "ledger";
+
+fn probe(name: &str) -> Probe {
+    Probe {
+        name: name.to_owned(),
+        http_get: None,
+        tcp_socket: Some(TcpSocket { port: 80 }),
+        exec: None,
+        initial_delay_seconds: 0,
+        period_seconds: 1,
+        timeout_seconds: 1,
+        success_threshold: 1,
+        failure_threshold: 3,
+    }
 }
 
 /// What must hold at the end.
@@ -256,13 +345,31 @@ fn judge(scenario: &Scenario, world: &World, operation: &Operation) {
     let trace = world.shared.trace.borrow();
     let first = |event| trace.iter().position(|there| *there == event);
     let committed = first(Event::Committed).is_some();
+    let committed_back = first(Event::CommittedBack).is_some();
+    let rehearsed = verdict.reason == reasons::REHEARSED;
     assert_eq!(
         world.owner.layer == Some(CLONE_LAYER),
-        committed,
-        "owner.json is not what the commit says"
+        committed && !committed_back,
+        "owner.json is not what the commits say"
     );
-    assert_eq!(verdict.phase == Phase::Succeeded, committed, "{verdict:?}");
-    if committed {
+    assert_eq!(
+        verdict.phase == Phase::Succeeded,
+        committed && !committed_back || rehearsed,
+        "{verdict:?}"
+    );
+    assert_eq!(verdict.phase == Phase::RolledBack, committed_back, "{verdict:?}");
+    assert!(!(rehearsed && committed), "a rehearsal has moved the guest");
+    if scenario.readiness == Readiness::Never {
+        assert!(
+            !rehearsed && !committed,
+            "a clone that is not ready has taken over"
+        );
+    }
+    if verdict.phase == Phase::RolledBack {
+        let action = operation.action.as_ref().unwrap();
+        assert_eq!((action.kind, &action.refused), (ActionType::Rollback, &None));
+    }
+    if committed && !committed_back {
         assert!(
             first(Event::Retired).is_some(),
             "nobody put the old incarnation to rest"
@@ -270,6 +377,7 @@ fn judge(scenario: &Scenario, world: &World, operation: &Operation) {
         assert_eq!(verdict.reason, reasons::REBOOTED);
         if let Some(clone) = &world.clone {
             assert!(clone.active && clone.agent_active, "the clone was not activated");
+            assert!(clone.serves(), "the clone does not serve");
         }
     } else {
         assert!(world.clone.is_none(), "a clone was left behind");
@@ -306,6 +414,13 @@ fn judge(scenario: &Scenario, world: &World, operation: &Operation) {
     }
     let untouched = scenario.crash_at.is_empty() && scenario.faults.is_empty() && scenario.trouble == 0;
     if untouched && scenario.boot_fate == BootFate::Good && scenario.max_pause >= 300 * MS {
-        assert!(committed, "it failed without a reason: {verdict:?}");
+        let wanted = match (scenario.mode, scenario.rollback) {
+            _ if scenario.readiness == Readiness::Never => Phase::Failed,
+            (CutoverMode::Automatic, Some(_)) => Phase::RolledBack,
+            (CutoverMode::Automatic | CutoverMode::Rehearse, _) => Phase::Succeeded,
+            // Nobody approves it.
+            (CutoverMode::Manual, _) => Phase::Failed,
+        };
+        assert_eq!(verdict.phase, wanted, "it ended without a reason: {verdict:?}");
     }
 }

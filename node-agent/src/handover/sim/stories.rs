@@ -75,7 +75,7 @@ fn what_is_expected_already_is_left_alone() {
     let mut world = World::new(3);
     let now = super::agent::moment(world.now);
     let result = super::super::Effects::preflight(&mut world, &operation)
-        .map(super::super::machine::Outcome::Preflight);
+        .map(super::super::outcome::Outcome::Preflight);
     let operation = super::super::machine::apply(operation, result, now, now);
     let verdict = operation.verdict.unwrap();
     assert_eq!(verdict.phase, Phase::Succeeded);
@@ -92,7 +92,7 @@ fn a_pause_that_is_too_short_is_taken_back_and_told() {
     assert_eq!(ended.verdict.reason, reasons::MAX_PAUSE_EXCEEDED);
     assert_eq!(
         ended.operation.result.taken_back,
-        super::super::machine::MAX_CUTOVERS
+        super::super::outcome::MAX_CUTOVERS
     );
     assert!(
         ended
@@ -122,6 +122,40 @@ fn a_deletion_before_the_commit_aborts_and_after_it_changes_nothing() {
         aborted > 0 && succeeded > 0,
         "{aborted} aborted, {succeeded} succeeded"
     );
+}
+
+#[test]
+fn a_rollback_brings_the_guest_back_where_it_was_and_tells_what_was_measured() {
+    let mut scenario = Scenario::quiet(8);
+    scenario.rollback = Some(2 * SECOND);
+    let ended = play(&scenario);
+    assert_eq!(ended.verdict.phase, Phase::RolledBack, "{:?}", ended.verdict);
+    assert_eq!(ended.verdict.reason, reasons::ROLLED_BACK);
+    let order = [
+        Event::Committed,
+        Event::Retired,
+        Event::CommittedBack,
+        Event::GuestActivated,
+        Event::Reinstated,
+    ];
+    let at: Vec<usize> = order.iter().map(|event| ended.at(*event).unwrap()).collect();
+    assert!(at.is_sorted(), "{:?}", ended.trace);
+    let last: Vec<Phase> = ended.operation.transitions.iter().map(|t| t.phase).collect();
+    assert_eq!(last[last.len() - 2..], [Phase::Succeeded, Phase::RolledBack]);
+    let interruption = ended.operation.result.rollback_interruption_milliseconds.unwrap();
+    assert!(interruption < 100, "{interruption} ms");
+}
+
+#[test]
+fn a_rollback_to_nothing_is_refused_and_the_reboot_has_succeeded_as_before() {
+    let mut scenario = Scenario::quiet(9);
+    scenario.rollback = Some(20 * SECOND);
+    scenario.faults = vec![(19 * SECOND, Fault::GuestDies)];
+    let ended = play(&scenario);
+    assert_eq!(ended.verdict.phase, Phase::Succeeded);
+    assert_eq!(ended.verdict.reason, reasons::REBOOTED);
+    let refused = ended.operation.action.unwrap().refused.unwrap();
+    assert!(refused.contains("nothing is dormant"), "{refused}");
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
+use understudy_api::reboot::ActionType;
 use understudy_vmm_control::owner::{OWNER_VERSION, Owner};
 use uuid::Uuid;
 
@@ -37,6 +38,9 @@ pub enum Event {
     Committed,
     CloneActivated,
     Retired,
+    CommittedBack,
+    GuestActivated,
+    Reinstated,
     Released,
     AgentCrashed,
 }
@@ -51,6 +55,8 @@ pub enum Fault {
     /// Power is lost: everything but what is durable is gone.
     HostDies,
     Abort,
+    /// The user changes `spec.action`.
+    Ask(Option<ActionType>),
     JournalFull(bool),
     AgentStops,
 }
@@ -135,6 +141,17 @@ impl Guest {
     }
 }
 
+/// Whether the clone answers its probes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    /// It is not asked.
+    Unasked,
+    Ready,
+    /// After two tries that fail.
+    Late,
+    Never,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BootFate {
     Good,
@@ -153,6 +170,16 @@ pub struct Clone {
     pub active: bool,
     pub agent_active: bool,
     pub has_tap: bool,
+    /// All its gates are closed, until its lease ends.
+    pub held: Option<i64>,
+    pub dormant: bool,
+}
+
+impl Clone {
+    /// Whether a client gets answers.
+    pub fn serves(&self) -> bool {
+        self.active && self.held.is_none() && !self.dormant
+    }
 }
 
 /// What the agent's two sides, effects and journal, have in common.
@@ -176,6 +203,9 @@ pub struct World {
     pub guest: Guest,
     pub clone: Option<Clone>,
     pub boot_fate: BootFate,
+    pub readiness: Readiness,
+    /// How often the probe that may fail was asked.
+    pub probed: u32,
     pub boot_time: i64,
     pub acknowledged: Content,
     pub serial: u64,
@@ -184,6 +214,7 @@ pub struct World {
     pub late: Vec<(i64, Command)>,
     pub faults: Vec<(i64, Fault)>,
     pub abort: bool,
+    pub action: Option<ActionType>,
     pub stop: bool,
     /// Effects fail with this chance, in a thousand, until `calm_from`.
     pub trouble: u64,
@@ -225,6 +256,8 @@ impl World {
             guest: Guest::boot(3, SOURCE, [0; FILES], 1_000 * SECOND),
             clone: None,
             boot_fate: BootFate::Good,
+            readiness: Readiness::Unasked,
+            probed: 0,
             boot_time,
             acknowledged: [0; FILES],
             serial: 0,
@@ -232,6 +265,7 @@ impl World {
             late: Vec::new(),
             faults: Vec::new(),
             abort: false,
+            action: None,
             stop: false,
             trouble: 0,
             calm_from: i64::MAX,
@@ -313,6 +347,9 @@ impl World {
         if guest.alive {
             guest.lease.into_iter().for_each(&mut at);
         }
+        if let Some(clone) = &self.clone {
+            clone.held.into_iter().for_each(&mut at);
+        }
         if guest.runs() {
             guest.filesystems_frozen.into_iter().for_each(&mut at);
             guest.userland_frozen.into_iter().for_each(&mut at);
@@ -348,6 +385,13 @@ impl World {
             if !self.guest.dormant {
                 self.guest.gates = Gates::default();
             }
+            return;
+        }
+        if let Some(clone) = &mut self.clone
+            && clone.held.is_some_and(|lease| lease <= now)
+        {
+            // The lease of a dormant one is over, and its gates stay closed.
+            clone.held = None;
             return;
         }
         if !self.guest.runs() {
@@ -467,6 +511,7 @@ impl World {
                 self.shared.power_lost.set(true);
             }
             Fault::Abort => self.abort = true,
+            Fault::Ask(action) => self.action = action,
             Fault::JournalFull(full) => self.shared.journal_full.set(full),
             Fault::AgentStops => self.stop = true,
         }
@@ -477,7 +522,7 @@ impl World {
         let guest = &self.guest;
         let owns = self.owner.layer == Some(CLONE_LAYER);
         let guest_answers = guest.runs() && !guest.gates.transmit;
-        let clone_answers = self.clone.as_ref().is_some_and(|clone| clone.active);
+        let clone_answers = self.clone.as_ref().is_some_and(Clone::serves);
         assert!(!(guest_answers && clone_answers), "two incarnations answer");
         if guest_answers {
             assert_eq!(
@@ -496,7 +541,11 @@ impl World {
                 durable[file]
             );
         }
-        let waits = guest.alive && !guest.dormant && !guest.serves() && !owns;
+        let clone_waits = self
+            .clone
+            .as_ref()
+            .is_some_and(|clone| clone.held.is_some() && !clone.dormant);
+        let waits = guest.alive && !guest.dormant && !guest.serves() && !owns || clone_waits && owns;
         if !waits {
             self.unserved_since = None;
         } else if let Some(since) = self.unserved_since {

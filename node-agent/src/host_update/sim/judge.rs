@@ -165,7 +165,8 @@ fn has_rebooted(
             assert!(state == Some(SessionState::Lost) || unlucky, "{told}");
         }
     }
-    if guest.promised && guest.resume_fate != ResumeFate::Dies && update.undo.is_none() {
+    let died_since = guest.resume_fate == ResumeFate::Dies || guest.died_in == world.boot;
+    if guest.promised && !died_since && update.undo.is_none() {
         assert_ne!(state, Some(SessionState::Lost), "{told}: it was acknowledged");
     }
 }
