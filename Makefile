@@ -51,7 +51,7 @@ check: setup ## Formatting, lints, shell scripts, unit tests
 
 test: setup ## Everything: check, the tests on a control plane, then the end-to-end tests on a node VM
 	@tests/bed/images.sh qemu node guest-base & # beside the compiler; e2e reports its failure
-	tests/bed/kubernetes/build.sh & # as well; cluster reports its failure
+	tests/bed/kubernetes/build.sh all & # as well; cluster and e2e report its failure
 	$(MAKE) check
 	$(MAKE) cluster
 	$(MAKE) e2e

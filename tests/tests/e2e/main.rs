@@ -55,6 +55,10 @@ const TESTS: &[Test] = &[
         "a_guest_of_a_cluster_is_rebooted_while_its_api_server_is_away",
         cluster::a_guest_of_a_cluster_is_rebooted_while_its_api_server_is_away,
     ),
+    (
+        "a_daemon_set_brings_the_agent_and_a_guest_is_rebooted_by_kubectl",
+        kubelet::a_daemon_set_brings_the_agent_and_a_guest_is_rebooted_by_kubectl,
+    ),
 ];
 
 /// More reboots of the host, minutes each on an emulated one: `make e2e ARGS=--ignored` runs them, and with `T=name` one
@@ -63,10 +67,6 @@ const LONG: &[Test] = &[
     (
         "a_rehearsal_leaves_the_guest_alone_and_an_approved_cutover_is_rolled_back_while_it_serves",
         rollback::a_rehearsal_leaves_the_guest_alone_and_an_approved_cutover_is_rolled_back_while_it_serves,
-    ),
-    (
-        "a_daemon_set_brings_the_agent_and_a_guest_is_rebooted_by_kubectl",
-        kubelet::a_daemon_set_brings_the_agent_and_a_guest_is_rebooted_by_kubectl,
     ),
     (
         "a_failed_save_says_why_and_every_guest_goes_on",
