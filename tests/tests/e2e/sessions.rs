@@ -31,6 +31,7 @@ for ((n = 0; ; n++)); do
     head -c 131072 /dev/urandom >new && sha256sum <new >new.sum && sync -d new new.sum && mv new $f && mv new.sum $f.sum
     if [ -f $g ] && ! dd if=$g iflag=direct bs=128k status=none | sha256sum | cmp -s - $g.sum; then echo "file $g, at $n" >>wrong; fi
     echo $n >count.new && mv count.new count
+    sleep 0.1
 done
 "#;
 
@@ -42,7 +43,7 @@ const COUNTER: &str = "n=0; while read up rest </proc/uptime; do echo $n $up; n=
 pub fn a_guest_under_load_is_healthy_after_fifty_saves(context: &Context) -> Result<()> {
     let mut config = vmm::config(context, 2)?;
     // What is saved competes with the guest for the same emulated processors.
-    config.memory_mib = 256;
+    config.memory_mib = 192;
     let vmm = Vmm::start(context, &config)?;
     let guest = vmm::shell(&vmm, &vmm::address(context)?)?;
     let boot = guest.run("cat /proc/sys/kernel/random/boot_id")?;
