@@ -336,11 +336,11 @@ impl NodeUpdateStatus {
 }
 
 impl SessionState {
-    /// Whether it may still be resumed from its checkpoint, for which its key is needed.
+    /// Whether it may still be resumed from its checkpoint, or come to be saved, for which its key is needed.
     pub fn needs_key(self) -> bool {
-        matches!(
+        !matches!(
             self,
-            SessionState::Saving | SessionState::Saved | SessionState::Resuming | SessionState::Kept
+            SessionState::RunsOn | SessionState::Resumed | SessionState::Lost
         )
     }
 }

@@ -6,11 +6,11 @@
 
 use kube::ResourceExt;
 use understudy_api::conditions::{reasons, types};
-use understudy_api::node_update::{Credential, CredentialRequest, NodeUpdateStatus};
+use understudy_api::node_update::{Credential, CredentialRequest};
 use understudy_api::{NodeUpdate, NodeUpdatePhase};
 
 use super::status::condition;
-use crate::place::{Owned, Place};
+use crate::place::{Owned, Place, Standing};
 use crate::write::Note;
 
 /// How many boots of a host it is released to, at most: one that goes down as often before its sessions go on has
@@ -71,34 +71,43 @@ pub fn task(update: &NodeUpdate, place: &Place, begins: bool) -> Task {
         return Task::Nothing;
     }
     let status = update.status.clone().unwrap_or_default();
+    let asks = match (&status.credential, &status.credential_request) {
+        (Some(credential), Some(request)) if !is_answered(credential, request) => Some(request.clone()),
+        _ => None,
+    };
     if !is_needed(update, place) {
         let kept = condition(&status, types::CREDENTIAL_KEPT);
         let is_destroyed = kept.is_some_and(|there| there.reason == reasons::DESTROYED);
-        return match is_destroyed {
-            true => Task::Nothing,
-            false => Task::Destroy,
+        return match asks {
+            _ if !is_destroyed => Task::Destroy,
+            // Who asks for what is gone is told so, and does not wait.
+            Some(request) => Task::Answer(request),
+            None => Task::Nothing,
         };
     }
-    match (&status.credential, &status.credential_request) {
-        (None, _) if begins => Task::Make,
-        (Some(credential), Some(request)) if !is_answered(credential, request) => {
-            Task::Answer(request.clone())
-        }
-        _ => Task::Nothing,
+    match asks {
+        Some(request) => Task::Answer(request),
+        None if begins && status.credential.is_none() => Task::Make,
+        None => Task::Nothing,
     }
 }
 
 /// Whether the credential must stay: a session that was saved with it may still be resumed. That holds a NodeUpdate
 /// that was deleted, too; unless its node is out of service or gone, so that nobody will ever ask.
 pub fn is_needed(update: &NodeUpdate, place: &Place) -> bool {
-    let status = update.status.as_ref();
-    let uid = status.and_then(|status| status.node_uid.as_deref());
-    let is_abandoned = update.metadata.deletion_timestamp.is_some()
-        && uid.is_none_or(|uid| place.standing(uid).releases())
-        && status
-            .and_then(|status| status.phase)
-            .is_some_and(NodeUpdatePhase::is_terminal);
-    update.is_kept_by_operator() && !is_abandoned && status.is_none_or(NodeUpdateStatus::needs_keys)
+    if !update.is_kept_by_operator() {
+        return false;
+    }
+    let Some(status) = &update.status else { return true };
+    let standing = status.node_uid.as_deref().map(|uid| place.standing(uid));
+    let is_over = status.phase.is_some_and(NodeUpdatePhase::is_terminal);
+    if is_over && update.metadata.deletion_timestamp.is_some() && standing.is_none_or(Standing::releases) {
+        return false;
+    }
+    // Where the operator has ended what an agent had begun, nobody knows how far that has come since.
+    let mut phases = status.phase_transitions.iter().map(|transition| transition.phase);
+    let has_begun = phases.any(|phase| phase != NodeUpdatePhase::Pending && !phase.is_terminal());
+    status.needs_keys() || (has_begun && standing.is_some_and(Standing::is_lost))
 }
 
 fn is_answered(credential: &Credential, request: &CredentialRequest) -> bool {

@@ -158,6 +158,7 @@ fn it_is_destroyed_when_no_session_needs_it_and_not_before() {
         ("Aborted", "RunsOn", Task::Destroy),
         // Lost with its node, as far as anybody knows: it may come back.
         ("Failed", "Saved", Task::Nothing),
+        ("Failed", "Waiting", Task::Nothing),
     ] {
         let update = with(phase, state, json!({}));
         assert_eq!(task(&update, &there, false), wanted, "{phase}, {state}");
@@ -175,6 +176,16 @@ fn it_is_destroyed_when_no_session_needs_it_and_not_before() {
         Task::Destroy
     );
 
+    // An agent that had begun when its node was replaced may have gone on.
+    let mut begun = with("Failed", "RunsOn", json!({}));
+    begun.status.as_mut().unwrap().phase_transitions = serde_json::from_value(json!([
+        {"phase": "Notified", "transitionTime": "2026-01-01T00:00:00Z"},
+        {"phase": "Failed", "transitionTime": "2026-01-01T00:00:00Z"},
+    ]))
+    .unwrap();
+    assert_eq!(task(&begun, &place("2", "m", "next"), false), Task::Nothing);
+    assert_eq!(task(&begun, &there, false), Task::Destroy);
+
     // Once.
     let mut over = with("Resumed", "Resumed", json!({}));
     let said = destroyed(&over);
@@ -186,5 +197,13 @@ fn it_is_destroyed_when_no_session_needs_it_and_not_before() {
         jiff::Timestamp::UNIX_EPOCH,
         &[condition],
     );
+    assert_eq!(task(&over, &there, false), Task::Nothing);
+    // Who asks for it then is told that it is gone.
+    let late = request("later", "e");
+    over.status.as_mut().unwrap().credential_request = Some(late.clone());
+    assert_eq!(task(&over, &there, false), Task::Answer(late.clone()));
+    let status = over.status.as_mut().unwrap();
+    let before = status.credential.clone().unwrap();
+    status.credential = refused(&before, &late, "gone".into(), false).credential;
     assert_eq!(task(&over, &there, false), Task::Nothing);
 }

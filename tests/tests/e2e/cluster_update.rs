@@ -1,7 +1,5 @@
 //! A host of a cluster is rebooted, and the operator keeps what opens its guests' sessions meanwhile.
 
-use std::time::Duration;
-
 use anyhow::{Context as _, Result, ensure};
 use jiff::Timestamp;
 use serde_json::Value;
