@@ -58,7 +58,8 @@ fn reaches(machine: &Machine, name: &str, phase: &str) -> Result<Value> {
 pub fn a_rehearsal_leaves_the_guest_alone_and_an_approved_cutover_is_rolled_back_while_it_serves(
     context: &Context,
 ) -> Result<()> {
-    let guest = Guest::running(context)?;
+    // Not that of an earlier run, whose guest agent may know no probes.
+    let guest = Guest::fresh(context)?;
     let machine = &guest.machine;
     let run = |name: &str| format!("{name}-{}", std::process::id());
     let boot_id = guest.status("bootID")?;
