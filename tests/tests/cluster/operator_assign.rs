@@ -391,14 +391,10 @@ async fn a_host_that_goes_down_by_itself_gets_its_node_update_once(bed: &Bed) ->
         !bed.is_there("NodeUpdate", "", name).await?,
         "one that was deleted was made again"
     );
-    let host = hosts.get(node).await?;
-    ensure!(
-        host.annotations()
-            .get("understudy.dev/made-node-update")
-            .map(String::as_str)
-            == Some("host-5f6a7b8c9d"),
-        "{:?}",
-        host.annotations()
-    );
+    // Noted once the NodeUpdate is there.
+    bed.until("Host", "", node, "tell which was made", |host| {
+        host["metadata"]["annotations"]["understudy.dev/made-node-update"] == "host-5f6a7b8c9d"
+    })
+    .await?;
     Ok(())
 }

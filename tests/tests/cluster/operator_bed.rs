@@ -76,7 +76,12 @@ impl Bed {
             json!({"metadata": {"name": name}}),
         )
         .await?;
-        let account = json!({"metadata": {"name": "default", "namespace": name}});
+        self.account(name).await
+    }
+
+    /// The account that Pods of a namespace have; no controller makes it here.
+    pub async fn account(&self, namespace: &str) -> Result<()> {
+        let account = json!({"metadata": {"name": "default", "namespace": namespace}});
         make(&self.admin, "v1", "ServiceAccount", account).await?;
         Ok(())
     }

@@ -50,6 +50,7 @@ async fn a_rollout_goes_from_node_to_node_and_honours_budgets(bed: &Bed) -> Resu
     let owner = json!({"ownerReferences": [{"apiVersion": "apps/v1", "kind": "DaemonSet", "name": "agent", "uid": "u", "controller": true}]});
     bed.pod(name, "agent", "ro-a", owner).await?;
     // The operator's own: nobody would uncordon the node if there were no other to take it.
+    bed.account(NAMESPACE).await?;
     bed.pod(NAMESPACE, OPERATOR, "ro-a", json!({})).await?;
     let budget = json!({"metadata": {"name": "web", "namespace": name}, "spec": {"minAvailable": 1, "selector": {"matchLabels": {"app": "web"}}}});
     make(&bed.admin, "policy/v1", "PodDisruptionBudget", budget).await?;
