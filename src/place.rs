@@ -26,6 +26,8 @@ pub struct NodeView {
     pub labels: BTreeMap<String, String>,
     /// Whether an administrator says that it is down for good.
     pub is_out_of_service: bool,
+    /// Whether its condition `Ready` says anything but `True`. A Node of which nobody says so is taken for ready.
+    pub is_unready: bool,
     /// Whether no new Pods are scheduled to it.
     pub is_cordoned: bool,
     /// The NodeUpdate for which the operator has cordoned it.
@@ -39,7 +41,12 @@ pub struct NodeView {
 impl From<&Node> for NodeView {
     fn from(node: &Node) -> NodeView {
         let spec = node.spec.as_ref();
-        let info = node.status.as_ref().and_then(|status| status.node_info.as_ref());
+        let status = node.status.as_ref();
+        let mut conditions = status
+            .and_then(|status| status.conditions.as_ref())
+            .into_iter()
+            .flatten();
+        let info = status.and_then(|status| status.node_info.as_ref());
         NodeView {
             name: node.name_any(),
             uid: node.uid().unwrap_or_default(),
@@ -47,6 +54,7 @@ impl From<&Node> for NodeView {
             is_out_of_service: spec
                 .and_then(|spec| spec.taints.as_ref())
                 .is_some_and(|taints| taints.iter().any(|taint| taint.key == OUT_OF_SERVICE)),
+            is_unready: conditions.any(|there| there.type_ == "Ready" && there.status != "True"),
             is_cordoned: spec.and_then(|spec| spec.unschedulable).unwrap_or(false),
             cordoned_for: node.annotations().get(CORDONED_FOR).cloned(),
             kernel_release: info.map(|info| info.kernel_version.clone()).unwrap_or_default(),

@@ -152,6 +152,8 @@ pub mod reasons {
     pub const GUEST_NOT_ASSIGNED: &str = "GuestNotAssigned";
     /// The node is tainted `node.kubernetes.io/out-of-service`.
     pub const NODE_OUT_OF_SERVICE: &str = "NodeOutOfService";
+    /// The host is back from its reboot, its kubelet is not, or the Node is not Ready yet.
+    pub const NODE_NOT_READY: &str = "NodeNotReady";
     /// Another NodeUpdate of the node is under way, or another object of that name is in the way.
     pub const NODE_BUSY: &str = "NodeBusy";
     /// The operator has cordoned the node.

@@ -10,13 +10,14 @@ use kube::{Resource, ResourceExt};
 use serde_json::{Map, Value, json};
 use understudy_api::conditions::{reasons, types};
 use understudy_api::host_update::UpdatedNode;
+use understudy_api::node_update::HostBoot;
 use understudy_api::rollout::{Seen, Want, aborted, pass_name, want};
 use understudy_api::window::Passage;
 use understudy_api::{HostUpdate, NodeUpdate, NodeUpdatePhase, duration};
 
 use super::{FINALIZER, history};
 use crate::node_update;
-use crate::place::{Agent, Owned, Place};
+use crate::place::{Agent, NodeView, Owned, Place};
 use crate::write::diff::{carry, has_finalizer};
 use crate::write::{Note, Status};
 
@@ -165,6 +166,22 @@ fn row(
         make: None,
         pass: None,
     };
+    // With the pass of this generation its node is unavailable until it can have Pods again.
+    let name = pass_name(update, &node.uid);
+    let was_back =
+        before.is_some_and(|before| before.satisfied && before.node_update.as_ref() == Some(&name));
+    let resumed = passes
+        .iter()
+        .find(|pass| pass.name_any() == name && phase_of(pass) == NodeUpdatePhase::Resumed)
+        .filter(|_| !was_back);
+    if let Some(pass) = resumed
+        && let Some(why) = not_ready(pass, &node)
+    {
+        row.shows(pass, State::Underway);
+        row.is(State::Underway, reasons::NODE_NOT_READY, why);
+        row.is_back_in(update, pass, now, again);
+        return row;
+    }
     match want(update, &passes, &seen) {
         Want::NotSelected => {}
         Want::Satisfied(message) => row.is(State::Satisfied, reasons::ALREADY_SATISFIED, message),
@@ -180,16 +197,8 @@ fn row(
         }
         Want::Underway(pass) => {
             row.shows(&pass, State::Underway);
-            if let Some((left, late)) = away(update, &pass, place, now) {
-                if late {
-                    let message = format!(
-                        "the host was asked to reboot and is not back after {} (returnTimeout)",
-                        update.spec.return_timeout
-                    );
-                    row.is(State::NotBack, reasons::HOST_NOT_BACK, message);
-                } else {
-                    sooner(again, Some(left));
-                }
+            if is_away(&pass, place) {
+                row.is_back_in(update, &pass, now, again);
             }
         }
         Want::Failed(pass) => row.shows(&pass, State::Failed),
@@ -223,22 +232,23 @@ fn opens_in(update: &HostUpdate, now: Timestamp) -> Option<Duration> {
     }
 }
 
-/// Where the host was asked to reboot and its agent does not speak: how long it may stay away, and whether
-/// that is over.
-fn away(update: &HostUpdate, pass: &NodeUpdate, place: &Place, now: Timestamp) -> Option<(Duration, bool)> {
+/// Whether the host was asked to reboot and its agent does not speak.
+fn is_away(pass: &NodeUpdate, place: &Place) -> bool {
     use NodeUpdatePhase::{Acknowledged, Rebooting};
-    if place.agent == Agent::Lives || !matches!(phase_of(pass), Rebooting | Acknowledged) {
-        return None;
+    place.agent != Agent::Lives && matches!(phase_of(pass), Rebooting | Acknowledged)
+}
+
+/// Why a node whose sessions go on cannot have Pods yet. The agent does not wait for the kubelet.
+fn not_ready(pass: &NodeUpdate, node: &NodeView) -> Option<String> {
+    let result = pass.status.as_ref().and_then(|status| status.result.as_ref());
+    let boot = |boot: Option<&HostBoot>| boot.map(|boot| boot.boot_id.clone());
+    let before = result.and_then(|result| boot(result.before.as_ref()));
+    let after = result.and_then(|result| boot(result.after.as_ref()));
+    if before != after && before.as_ref() == Some(&node.boot_id) {
+        return Some("the host is back, and its kubelet does not tell of the new boot yet".to_owned());
     }
-    let status = pass.status.as_ref()?;
-    let since = status.phase_transitions.last()?.transition_time.0;
-    let limit = duration::parse(&update.spec.return_timeout).unwrap_or(Duration::from_secs(900));
-    let limit = SignedDuration::try_from(limit).unwrap_or(SignedDuration::MAX);
-    let left = limit - now.duration_since(since);
-    match left.is_positive() {
-        true => Some((left.unsigned_abs() + Duration::from_millis(50), false)),
-        false => Some((Duration::ZERO, true)),
-    }
+    node.is_unready
+        .then(|| "the host is back, and its Node is not Ready yet".to_owned())
 }
 
 impl Row {
@@ -255,6 +265,36 @@ impl Row {
         self.node.phase = Some(status.phase.unwrap_or_default());
         let reason = status.reason.unwrap_or_else(|| reasons::PENDING.to_owned());
         self.is(state, &reason, status.message.unwrap_or_default());
+    }
+
+    /// Under way until it is back: not for longer than `returnTimeout` after the pass has reached its phase.
+    fn is_back_in(
+        &mut self,
+        update: &HostUpdate,
+        pass: &NodeUpdate,
+        now: Timestamp,
+        again: &mut Option<Duration>,
+    ) {
+        let transitions = pass.status.iter().flat_map(|status| &status.phase_transitions);
+        let Some(since) = transitions.last().map(|last| last.transition_time.0) else {
+            return;
+        };
+        let limit = duration::parse(&update.spec.return_timeout).unwrap_or(Duration::from_secs(900));
+        let limit = SignedDuration::try_from(limit).unwrap_or(SignedDuration::MAX);
+        let left = limit - now.duration_since(since);
+        if left.is_positive() {
+            sooner(again, Some(left.unsigned_abs() + Duration::from_millis(50)));
+            return;
+        }
+        let what = match phase_of(pass) {
+            NodeUpdatePhase::Resumed => self.node.message.clone().unwrap_or_default(),
+            _ => "the host was asked to reboot and is not back".to_owned(),
+        };
+        let message = format!(
+            "{what}; waited for {} (returnTimeout)",
+            update.spec.return_timeout
+        );
+        self.is(State::NotBack, reasons::HOST_NOT_BACK, message);
     }
 
     /// A pass is wanted, and there is none. Was it picked, or was it made and is gone?

@@ -212,6 +212,53 @@ fn a_node_that_does_not_come_back_stops_the_rollout_until_it_is_back() {
 }
 
 #[test]
+fn a_node_is_unavailable_until_its_kubelet_is_back_as_well() {
+    for spec in [json!({}), expects()] {
+        let mut play = Play::new(spec, &["a", "b"]);
+        play.settle(at(0));
+        assert_eq!(play.passes(), ["a"]);
+        let told = |play: &mut Play, kernel: &str, boot: &str, ready: bool| {
+            let mut place = place("a", kernel, false);
+            let node = place.node.as_mut().unwrap();
+            (node.boot_id, node.is_unready) = (boot.to_owned(), !ready);
+            play.set_place(place);
+        };
+        let row = |play: &mut Play, now: i64| {
+            let node = play.settle(at(now)).nodes[0].clone();
+            (node.satisfied, node.reason.unwrap())
+        };
+        let waits = (false, "NodeNotReady".to_owned());
+        let is_over = (true, "AlreadySatisfied".to_owned());
+        // The agent tells of the end first: the kubelet's word is that of before.
+        told(&mut play, "6.1.0-47", "old", true);
+        play.set("a", NodeUpdatePhase::Resumed, 10);
+        let pass = NodeUpdate::clone(&play.found.passes[0]);
+        let mut resumed = pass;
+        resumed.status.as_mut().unwrap().result = serde_json::from_value(json!({
+            "before": {"bootID": "old", "kernelRelease": "6.1.0-47"},
+            "after": {"bootID": "new", "kernelRelease": "6.1.0-56"}}))
+        .unwrap();
+        play.found.passes[0] = Arc::new(resumed);
+        assert_eq!(row(&mut play, 11), waits);
+        assert_eq!(play.passes(), ["a"], "maxUnavailable is 1");
+        told(&mut play, "6.1.0-56", "new", false);
+        assert_eq!(row(&mut play, 12), waits);
+        assert_eq!(
+            play.step(at(12)).again,
+            Some(Duration::from_millis(898_050)),
+            "returnTimeout"
+        );
+        assert_eq!(row(&mut play, 911), (false, "HostNotBack".to_owned()));
+        told(&mut play, "6.1.0-56", "new", true);
+        assert_eq!(row(&mut play, 912), is_over);
+        assert_eq!(play.passes(), ["a", "b"]);
+        // What becomes of the Node afterwards is not the rollout's.
+        told(&mut play, "6.1.0-56", "new", false);
+        assert_eq!(row(&mut play, 913), is_over);
+    }
+}
+
+#[test]
 fn paused_begins_nothing_and_abort_takes_back_what_is_not_rebooting() {
     let mut play = Play::new(json!({"maxUnavailable": 2}), &["a", "b", "c"]);
     play.update.spec.paused = true;

@@ -5,7 +5,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use futures::StreamExt;
-use k8s_openapi::api::core::v1::{Node, NodeStatus};
+use k8s_openapi::api::core::v1::{Node, NodeCondition, NodeStatus};
 use kube::core::{DeserializeGuard, error_boundary::InvalidObject};
 use kube::runtime::reflector::store::Writer;
 use kube::runtime::reflector::{ObjectRef, Store};
@@ -35,8 +35,19 @@ pub fn trim_node(node: &mut Node) {
     node.metadata.managed_fields = None;
     if let Some(status) = &mut node.status {
         let node_info = status.node_info.take();
+        // Without its times, which every heartbeat changes.
+        let ready = status.conditions.take().into_iter().flatten();
+        let ready = ready
+            .filter(|there| there.type_ == "Ready")
+            .map(|there| NodeCondition {
+                type_: there.type_,
+                status: there.status,
+                ..NodeCondition::default()
+            });
+        let conditions = Some(ready.collect());
         *status = NodeStatus {
             node_info,
+            conditions,
             ..NodeStatus::default()
         };
     }
