@@ -1,7 +1,6 @@
 //! Guests and SeamlessReboots find their nodes, and are let go when these are lost.
 
 use anyhow::{Result, ensure};
-use kube::ResourceExt;
 use kube::api::{ListParams, Patch, PatchParams};
 use serde_json::json;
 use understudy_tests::demo::REBOOT_PHASES;
