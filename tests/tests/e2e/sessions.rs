@@ -38,17 +38,13 @@ done
 /// Counts on one connection: number, seconds of monotonic time.
 const COUNTER: &str = "n=0; while read up rest </proc/uptime; do echo $n $up; n=$((n + 1)); sleep 0.05; done";
 
-/// Makes what the guest does not use zero, which costs a save nothing: fifty cycles take minutes then, not an hour.
-const FORGETTER: &str = "sync; echo 3 >/proc/sys/vm/drop_caches
-     free=$(awk '$1 == \"MemFree:\" { print int($2 / 1024) }' /proc/meminfo)
-     dd if=/dev/zero of=/dev/shm/zero bs=1M count=$((free * 3 / 4)) status=none; rm /dev/shm/zero";
-
 /// Disk writes that are verified, a TCP connection that counts, all vCPUs busy: after fifty saves and resumes there is no
 /// stall, lost interrupt, file system error, gap or backward clock.
 pub fn a_guest_under_load_is_healthy_after_fifty_saves(context: &Context) -> Result<()> {
     let mut config = vmm::config(context, 2)?;
-    // What is saved competes with the guest for the same emulated processors.
-    config.memory_mib = 192;
+    // What is saved competes with the guest for the same emulated processors. Less is too little: Debian's 6.1.192 dereferences
+    // a null pointer in `ext4_mb_load_buddy_gfp` once it has to give up the pages of ext4's buddy cache.
+    config.memory_mib = 256;
     let vmm = Vmm::start(context, &config)?;
     let guest = vmm::shell(&vmm, &vmm::address(context)?)?;
     let boot = guest.run("cat /proc/sys/kernel/random/boot_id")?;
@@ -58,7 +54,6 @@ pub fn a_guest_under_load_is_healthy_after_fifty_saves(context: &Context) -> Res
         "chmod +x /usr/local/bin/load; systemctl is-system-running --wait; systemd-run --quiet --unit=load /usr/local/bin/load
          for cpu in $(seq $(nproc)); do systemd-run --quiet --unit=busy-$cpu -p Nice=10 -p CPUQuota=50% /bin/sh -c 'while :; do :; done'; done",
     )?;
-    guest.run(FORGETTER)?;
     let lines = Lines::of(guest.spawn(COUNTER)?)?;
     let complaints = guest.run(UNHEALTHY)?;
     context.say("under load");
