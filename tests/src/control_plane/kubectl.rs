@@ -75,10 +75,19 @@ impl ControlPlane {
     /// made where it is missing and deleting it ends the token; it runs only where the node has a kubelet.
     pub fn token_on_node(&self, namespace: &str, service_account: &str, node: &str) -> Result<String> {
         let pod = format!("{service_account}-{node}");
+        // As one of its DaemonSet, where that is installed: a drain leaves those alone.
+        let sets = self.get(&["daemonsets", "--namespace", namespace])?;
+        let mut sets = sets["items"].as_array().into_iter().flatten();
+        let owners = sets
+            .find(|set| set["metadata"]["name"] == service_account)
+            .map(|set| {
+                json!([{"apiVersion": "apps/v1", "kind": "DaemonSet", "controller": true,
+                        "name": service_account, "uid": set["metadata"]["uid"]}])
+            });
         self.apply(
             &json!({
                 "apiVersion": "v1", "kind": "Pod",
-                "metadata": {"name": pod, "namespace": namespace},
+                "metadata": {"name": pod, "namespace": namespace, "ownerReferences": owners},
                 "spec": {
                     "nodeName": node,
                     "serviceAccountName": service_account,
