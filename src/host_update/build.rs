@@ -172,9 +172,8 @@ fn row(
         before.is_some_and(|before| before.satisfied && before.node_update.as_ref() == Some(&name));
     let resumed = passes
         .iter()
-        .find(|pass| pass.name_any() == name && phase_of(pass) == NodeUpdatePhase::Resumed)
-        .filter(|_| !was_back);
-    if let Some(pass) = resumed
+        .find(|pass| pass.name_any() == name && phase_of(pass) == NodeUpdatePhase::Resumed);
+    if let Some(pass) = resumed.filter(|_| !was_back)
         && let Some(why) = not_ready(pass, &node)
     {
         row.shows(pass, State::Underway);
@@ -184,7 +183,13 @@ fn row(
     }
     match want(update, &passes, &seen) {
         Want::NotSelected => {}
-        Want::Satisfied(message) => row.is(State::Satisfied, reasons::ALREADY_SATISFIED, message),
+        Want::Satisfied(message) => {
+            // While the API server was away its end may be all that was told of a pass.
+            if let Some(pass) = resumed {
+                row.shows(pass, State::Satisfied);
+            }
+            row.is(State::Satisfied, reasons::ALREADY_SATISFIED, message);
+        }
         Want::Waits { reason, message } => {
             // A pick of which nothing was made is none any more.
             if row.node.phase.is_none() {

@@ -212,6 +212,20 @@ fn a_node_that_does_not_come_back_stops_the_rollout_until_it_is_back() {
 }
 
 #[test]
+fn a_pass_of_which_only_the_end_was_told_is_over_as_any_other() {
+    let mut play = Play::new(json!({}), &["a"]);
+    play.settle(at(0));
+    play.set("a", NodeUpdatePhase::Saving, 1);
+    play.settle(at(1));
+    play.set("a", NodeUpdatePhase::Resumed, 100);
+    let status = play.settle(at(100));
+    assert_eq!(status.nodes[0].phase, Some(NodeUpdatePhase::Resumed));
+    // Its NodeUpdate may go: it was updated.
+    play.found.passes.clear();
+    assert!(play.settle(at(101)).nodes[0].satisfied);
+}
+
+#[test]
 fn a_node_is_unavailable_until_its_kubelet_is_back_as_well() {
     for spec in [json!({}), expects()] {
         let mut play = Play::new(spec, &["a", "b"]);
