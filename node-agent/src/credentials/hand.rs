@@ -26,6 +26,26 @@ pub(super) fn check_memory_only(directory: &Path) -> Result<(), CredentialError>
     }
 }
 
+/// Writes a secret for root alone, in a directory that is made where it is missing. Under another name first: whoever
+/// looks finds the whole secret or none.
+pub(super) fn write_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    if let Some(directory) = path.parent() {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory)?;
+    }
+    let new = path.with_extension("new");
+    let _ = fs::remove_file(&new);
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&new)?;
+    file.write_all(bytes)?;
+    fs::rename(&new, path)
+}
+
 /// Keys in files of mode 0600 beneath the run directory, which is on a tmpfs: one for each checkpoint, from
 /// when its key is made or obtained until the VMM has read it. They outlive the agent, so that one that is
 /// started anew goes on where its predecessor was killed; and they end with the boot.
@@ -61,24 +81,7 @@ impl HandedKeys {
     pub fn put(&self, checkpoint: Uuid, key: &Secret) -> Result<PathBuf, CredentialError> {
         self.check()?;
         let path = self.path(checkpoint);
-        let write = || -> io::Result<()> {
-            let directory = self.directory();
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&directory)?;
-            // Under another name first: a VMM that looks finds the whole key or none.
-            let new = path.with_extension("new");
-            let _ = fs::remove_file(&new);
-            let mut file = OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .open(&new)?;
-            file.write_all(key.bytes())?;
-            fs::rename(&new, &path)
-        };
-        match write() {
+        match write_secret(&path, key.bytes()) {
             Ok(()) => Ok(path),
             Err(source) => Err(CredentialError::Hand { path, source }),
         }

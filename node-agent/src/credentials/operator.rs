@@ -6,9 +6,8 @@
 //! operator answers by sealing it to that, once for each boot. Both stand in the NodeUpdate's status, and go the way
 //! that every status goes: whoever waits here knows of no API server.
 
-use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -18,7 +17,7 @@ use understudy_api::node_update::{Credential, CredentialRequest, OPERATOR_PROVID
 use understudy_sealing::{Binding, PrivateKey, PublicKey, SealError};
 use zeroize::Zeroizing;
 
-use super::hand::check_memory_only;
+use super::hand::{check_memory_only, write_secret};
 use super::{CredentialError, CredentialProvider, Identity, Secret};
 use crate::store::{Object, Objects};
 
@@ -184,25 +183,10 @@ impl Operator {
             Err(error) => return Err(failed(error)),
         }
         let key = PrivateKey::generate().map_err(|_| CredentialError::Random)?;
-        let write = || -> io::Result<()> {
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&self.directory)?;
-            let new = path.with_extension("new");
-            let _ = fs::remove_file(&new);
-            let mut file = OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .open(&new)?;
-            file.write_all(key.bytes())?;
-            fs::rename(&new, &path)
-        };
         if let Some(run_dir) = self.directory.parent() {
             check_memory_only(run_dir)?;
         }
-        write().map_err(failed)?;
+        write_secret(&path, key.bytes()).map_err(failed)?;
         Ok(key)
     }
 
