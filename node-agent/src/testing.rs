@@ -30,6 +30,18 @@ use crate::vmm::{Instance, Layout, Process};
 /// How long anything may take here.
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// Access of the node `alpha` to an API server that does not answer.
+pub(crate) fn access() -> Access {
+    Access {
+        server: "https://127.0.0.1:1".into(),
+        ca_data: String::new(),
+        token: String::new(),
+        node_name: "alpha".into(),
+        node_uid: "node-uid".into(),
+        namespace: "understudy".into(),
+    }
+}
+
 pub(crate) struct Bed {
     dir: tempfile::TempDir,
     _run_dir: tempfile::TempDir,
@@ -45,17 +57,9 @@ impl Bed {
 
     /// One of a cluster that has not answered yet.
     pub(crate) fn of_cluster(vmm: &str) -> (Bed, Arc<Cluster>) {
-        let access = Access {
-            server: "https://127.0.0.1:1".into(),
-            ca_data: String::new(),
-            token: String::new(),
-            node_name: "alpha".into(),
-            node_uid: "node-uid".into(),
-            namespace: "understudy".into(),
-        };
         let mut cluster = None;
         let bed = Bed::with(vmm, |store, state_dir| {
-            let opened = Arc::new(Cluster::open(store, state_dir, &access).unwrap());
+            let opened = Arc::new(Cluster::open(store, state_dir, &access()).unwrap());
             cluster = Some(opened.clone());
             opened
         });

@@ -6,17 +6,7 @@ use understudy_api::{Host, NodeUpdateSpec};
 
 use super::*;
 use crate::cluster::kinds::Mirrored as _;
-
-fn access() -> Access {
-    Access {
-        server: "https://127.0.0.1:1".into(),
-        ca_data: String::new(),
-        token: String::new(),
-        node_name: "alpha".into(),
-        node_uid: "node-uid".into(),
-        namespace: "understudy".into(),
-    }
-}
+use crate::testing::access;
 
 fn open(dir: &Path) -> Cluster {
     Cluster::open(Store::open(dir).unwrap(), dir, &access()).unwrap()

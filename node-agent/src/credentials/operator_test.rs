@@ -5,8 +5,9 @@ use understudy_api::node_update::{CredentialRefusal, CredentialRelease};
 use uuid::Uuid;
 
 use super::*;
-use crate::cluster::{Access, Cluster};
+use crate::cluster::Cluster;
 use crate::store::{Mirrored, Store};
+use crate::testing::access;
 
 /// A node of a cluster, and the operator beyond it.
 struct Bed {
@@ -22,17 +23,9 @@ const MACHINE: &str = "0123456789abcdef0123456789abcdef";
 impl Bed {
     fn new() -> Bed {
         let dir = tempfile::tempdir().unwrap();
-        let access = Access {
-            server: "https://127.0.0.1:1".into(),
-            ca_data: String::new(),
-            token: String::new(),
-            node_name: "alpha".into(),
-            node_uid: "node-uid".into(),
-            namespace: "understudy".into(),
-        };
         let store = Store::open(dir.path()).unwrap();
         let bed = Bed {
-            cluster: Arc::new(Cluster::open(store, dir.path(), &access).unwrap()),
+            cluster: Arc::new(Cluster::open(store, dir.path(), &access()).unwrap()),
             run_dir: tempfile::tempdir_in("/dev/shm").unwrap(),
             dir,
             credential: PrivateKey::generate().unwrap(),
