@@ -17,6 +17,9 @@ use crate::controller::Context;
 use crate::error::Error;
 use crate::world::Invalid;
 
+/// So many are remembered at most; after that they are told again when they are seen again.
+const REMEMBERED: usize = 10_000;
+
 /// Tells of every object that comes through `queue`.
 pub async fn report(mut queue: mpsc::Receiver<Invalid>, context: Arc<Context>) {
     // By UID: what was told of it.
@@ -37,6 +40,9 @@ pub async fn report(mut queue: mpsc::Receiver<Invalid>, context: Arc<Context>) {
             let name = invalid.object.metadata.name.as_deref();
             tracing::warn!(kind = invalid.kind, name, %error, "that an object is invalid could not be told on it");
             continue;
+        }
+        if told.len() >= REMEMBERED {
+            told.clear();
         }
         told.insert(uid, invalid.object.error.clone());
     }

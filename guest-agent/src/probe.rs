@@ -5,11 +5,12 @@
 use std::io::{ErrorKind, PipeReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 use understudy_channel::{MAX_PROBED, Probe, Probed};
 
 use crate::warning;
@@ -133,17 +134,15 @@ fn exec(command: &[String], deadline: Instant) -> Result<String, String> {
         .spawn()
         .map_err(failed)?;
     let told = listen(output);
-    let ended = wait(&mut child, deadline);
+    let in_time = has_ended(&child, deadline);
+    // Before it is reaped: until then its group's number is nobody else's.
     kill(&child);
-    let ended = match ended {
-        Some(status) => status,
-        None => {
-            // It is gone, or will be: nobody waits for a killed child longer than the kernel does.
-            child.wait().map_err(failed)?;
-            let told = told.recv_timeout(LAST_WORDS).unwrap_or_default();
-            return Err(format!("it did not end in time: {told}"));
-        }
-    };
+    // It has ended, or will: nobody waits for a killed child longer than the kernel does.
+    let ended = child.wait().map_err(failed)?;
+    if !in_time {
+        let told = told.recv_timeout(LAST_WORDS).unwrap_or_default();
+        return Err(format!("it did not end in time: {told}"));
+    }
     let told = told.recv_timeout(LAST_WORDS).unwrap_or_default();
     match (ended.code(), ended.signal()) {
         (Some(0), _) => Ok(format!("it exited with 0: {told}")),
@@ -155,26 +154,33 @@ fn exec(command: &[String], deadline: Instant) -> Result<String, String> {
     }
 }
 
-fn wait(child: &mut Child, deadline: Instant) -> Option<ExitStatus> {
+/// Waits until a command has ended, and leaves it to be reaped. False: it has not by then.
+fn has_ended(child: &Child, deadline: Instant) -> bool {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT | WaitIdOptions::NOHANG;
+    let Some(pid) = pid(child) else { return false };
     loop {
-        match child.try_wait() {
-            Ok(Some(status)) => return Some(status),
+        match waitid(WaitId::Pid(pid), options) {
+            Ok(Some(_)) => return true,
             Ok(None) if Instant::now() < deadline => std::thread::sleep(LOOK),
-            Ok(None) => return None,
+            Ok(None) => return false,
+            Err(Errno::INTR) => {}
             Err(error) => {
                 warning!("waiting for a probe's command: {error}");
-                return None;
+                return false;
             }
         }
     }
 }
 
+fn pid(child: &Child) -> Option<Pid> {
+    i32::try_from(child.id()).ok().and_then(Pid::from_raw)
+}
+
 /// Ends what is left of a command and of what it has started.
 fn kill(child: &Child) {
-    let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-    if let Some(group) = group
+    if let Some(group) = pid(child)
         && let Err(error) = kill_process_group(group, Signal::KILL)
-        && error != rustix::io::Errno::SRCH
+        && error != Errno::SRCH
     {
         warning!("ending a probe's command: {error}");
     }

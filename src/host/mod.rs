@@ -1,6 +1,7 @@
-//! Hosts: a host that goes down by itself asks for a NodeUpdate, into which its agent reports. One whose Node is
-//! gone and whose agent is silent is removed.
+//! Hosts: a host that goes down by itself asks for a NodeUpdate, into which its agent reports; of those the latest are
+//! kept. One whose Node is gone and whose agent is silent is removed.
 
+use std::cmp::Reverse;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
 use tokio::time::Instant;
 use understudy_api::host::HostRebootRequest;
-use understudy_api::node_update::{NodeUpdateSpec, Origin};
+use understudy_api::node_update::{NodeUpdateSpec, NodeUpdateStatus, Origin};
 use understudy_api::{Host, NodeUpdate};
 
 use crate::controller::{Again, Context, Reconciler};
@@ -20,6 +21,8 @@ use crate::write::Note;
 pub const MADE: &str = "understudy.dev/made-node-update";
 /// How NodeUpdates that hosts ask for are called: no agent names another's.
 const PREFIX: &str = "host-";
+/// How many of them are kept of a host, as many as of a HostUpdate where it says nothing.
+const HISTORY: usize = 3;
 
 impl Reconciler for Host {
     const NAME: &'static str = "host";
@@ -50,6 +53,10 @@ impl Reconciler for Host {
                 writer.metadata(&*host, None, &[(MADE, name)]).await?;
             }
         }
+        for update in beyond(world.node_updates_of(&host.name_any())) {
+            tracing::info!(host = %host.name_any(), update = %update.name_any(), "deleted: only the latest are kept");
+            writer.delete(&*update).await?;
+        }
         Ok(Again::default())
     }
 }
@@ -60,6 +67,22 @@ fn left(host: &Host, now: Timestamp) -> Option<Duration> {
     let left = SignedDuration::try_from(SILENT_AFTER).ok()? - now.duration_since(made);
     left.is_positive()
         .then(|| left.unsigned_abs() + Duration::from_millis(50))
+}
+
+/// A host's own NodeUpdates that are over, but for the latest, and for those with a session that may still be resumed.
+fn beyond(of_node: Vec<Arc<NodeUpdate>>) -> Vec<Arc<NodeUpdate>> {
+    let mut own: Vec<_> = of_node
+        .into_iter()
+        .filter(|update| update.spec.origin == Origin::Host)
+        .collect();
+    own.sort_by_key(|update| Reverse((update.creation_timestamp(), update.name_any())));
+    let is_over = |update: &NodeUpdate| {
+        let status = update.status.as_ref();
+        status.is_some_and(|status| !NodeUpdateStatus::needs_keys(status))
+    };
+    let old = own.into_iter().skip(HISTORY);
+    old.filter(|update| is_over(update) && update.metadata.deletion_timestamp.is_none())
+        .collect()
 }
 
 #[derive(Debug, PartialEq)]
@@ -138,6 +161,31 @@ mod tests {
     #[test]
     fn an_agent_cannot_name_the_node_update_of_a_host_update() {
         assert!(matches!(build(&host("kernel-0a1b2c", None)), Plan::Refuse(_)));
+    }
+
+    #[test]
+    fn of_a_hosts_own_node_updates_the_latest_stay_and_whatever_is_not_over() {
+        let update = |day: u32, origin: &str, phase: &str, session: &str| {
+            Arc::new(
+                serde_json::from_value(json!({
+                    "metadata": {"name": format!("host-{day}"), "creationTimestamp": format!("2026-01-0{day}T00:00:00Z")},
+                    "spec": {"nodeName": "a", "origin": origin},
+                    "status": {"phase": phase, "result": {"guests": [{"name": "web", "namespace": "n", "state": session, "checkpoint": "c", "memoryBytes": 0, "writtenBytes": 0}]}}}))
+                .unwrap(),
+            )
+        };
+        let all = vec![
+            update(1, "Host", "Resumed", "Resumed"),
+            update(2, "Host", "Failed", "Kept"),
+            update(3, "HostUpdate", "Resumed", "Resumed"),
+            update(4, "Host", "Saving", "Saving"),
+            update(5, "Host", "Failed", "Lost"),
+            update(6, "Host", "Resumed", "Resumed"),
+            update(7, "Host", "Resumed", "Resumed"),
+            update(8, "Host", "Resumed", "Resumed"),
+        ];
+        let names: Vec<String> = beyond(all).iter().map(|update| update.name_any()).collect();
+        assert_eq!(names, ["host-5", "host-1"]);
     }
 
     #[test]

@@ -1,18 +1,15 @@
 //! `understudy-node approve`, `abort` and `rollback`: they write `spec.action` of a SeamlessReboot.
 
 use std::error::Error;
-use std::time::{Duration, Instant};
 
 use clap::Args;
 use understudy_api::Phase;
 use understudy_api::SeamlessReboot;
 use understudy_api::reboot::{Action, ActionType, Changes};
 
-use super::delete::limit;
+use super::wait::{Wait, Waited};
 use crate::config::{Config, Mode};
 use crate::store::{Key, Mirrored, Object, Store, StoreError};
-
-const LOOK: Duration = Duration::from_millis(200);
 
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
@@ -21,12 +18,8 @@ pub(super) struct Arguments {
     /// Its namespace
     #[arg(long, short, default_value = "default")]
     namespace: String,
-    /// Wait until the agent has taken it in; an abort or a rollback, until it is done
-    #[arg(long, default_value_t = true, num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set)]
-    wait: bool,
-    /// The longest wait, such as 30s or 5m
-    #[arg(long, default_value = "5m", value_parser = limit)]
-    timeout: Duration,
+    #[command(flatten)]
+    wait: Wait,
 }
 
 #[derive(Debug, Args)]
@@ -109,11 +102,17 @@ fn ask(config: &Config, arguments: &Arguments, kind: ActionType, done: &str) -> 
         return Err(Box::new(ActionError::OfCluster { key, patch }));
     }
     store.mirror::<SeamlessReboot>(&key, |there| write(there, &action))?;
-    let mut said = "asked for";
-    if arguments.wait {
-        wait(&store, &key, kind, arguments.timeout)?;
-        said = done;
-    }
+    let said = match arguments.wait.until(|| is_done(&store, &key, kind))? {
+        Waited::Not => "asked for",
+        Waited::Done => done,
+        Waited::InVain(seconds) => {
+            return Err(Box::new(ActionError::NotYet {
+                action: kind.as_str(),
+                reboot: key.to_string(),
+                seconds,
+            }));
+        }
+    };
     println!("seamlessreboot.understudy.dev \"{}\" {said}", key.name);
     Ok(())
 }
@@ -130,47 +129,40 @@ fn write(there: Option<&SeamlessReboot>, action: &Action) -> Mirrored<SeamlessRe
     }
 }
 
-/// Waits until it is taken in and, where it ends the reboot, done.
-fn wait(store: &Store, key: &Key, kind: ActionType, limit: Duration) -> Result<(), Box<dyn Error>> {
+/// Whether it is taken in and, where it ends the reboot, done.
+fn is_done(store: &Store, key: &Key, kind: ActionType) -> Result<bool, Box<dyn Error>> {
     let wanted = match kind {
         ActionType::Proceed => None,
         ActionType::Abort => Some(Phase::Aborted),
         ActionType::Rollback => Some(Phase::RolledBack),
     };
-    let began = Instant::now();
-    loop {
-        let status = get(store, key)?.status.unwrap_or_default();
-        let phase = status.phase.unwrap_or_default();
-        let taken = status.action.filter(|action| action.kind == kind);
-        if let Some(why) = taken.as_ref().and_then(|action| action.refused.clone()) {
-            let action = kind.as_str();
-            return Err(Box::new(ActionError::Refused { action, why }));
-        }
-        // A rollback that is asked for early aborts.
-        let is_done = wanted.is_none_or(|wanted| phase == wanted || phase == Phase::Aborted);
-        if taken.is_some() && is_done {
-            return Ok(());
-        }
-        if taken.is_some() && phase.is_terminal() && phase != Phase::Succeeded {
-            return Err(Box::new(ActionError::Ended {
-                reboot: key.to_string(),
-                phase,
-                message: status.message.unwrap_or_default(),
-            }));
-        }
-        if began.elapsed() > limit {
-            return Err(Box::new(ActionError::NotYet {
-                action: kind.as_str(),
-                reboot: key.to_string(),
-                seconds: began.elapsed().as_secs(),
-            }));
-        }
-        std::thread::sleep(LOOK);
+    let status = get(store, key)?.status.unwrap_or_default();
+    let phase = status.phase.unwrap_or_default();
+    let Some(taken) = status.action.filter(|action| action.kind == kind) else {
+        return Ok(false);
+    };
+    if let Some(why) = taken.refused {
+        let action = kind.as_str();
+        return Err(Box::new(ActionError::Refused { action, why }));
     }
+    // A rollback that is asked for early aborts.
+    if wanted.is_none_or(|wanted| phase == wanted || phase == Phase::Aborted) {
+        return Ok(true);
+    }
+    if phase.is_terminal() && phase != Phase::Succeeded {
+        return Err(Box::new(ActionError::Ended {
+            reboot: key.to_string(),
+            phase,
+            message: status.message.unwrap_or_default(),
+        }));
+    }
+    Ok(false)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::operations;
     use crate::testing::Bed;
@@ -179,8 +171,7 @@ mod tests {
         Arguments {
             name: "kernel".to_owned(),
             namespace: "default".to_owned(),
-            wait: true,
-            timeout: Duration::from_secs(60),
+            wait: Wait::at_most(Duration::from_secs(60)),
         }
     }
 

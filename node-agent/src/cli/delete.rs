@@ -1,18 +1,15 @@
 //! `understudy-node delete`.
 
 use std::error::Error;
-use std::time::{Duration, Instant};
 
 use clap::Args;
-use understudy_api::duration;
 use understudy_api::{Guest, HostUpdate, NodeUpdate, SeamlessReboot};
 
+use super::wait::{Wait, Waited};
 use super::{Kind, kind};
 use crate::cluster::{named, orphans};
 use crate::config::{Config, Mode};
 use crate::store::{Key, Object, Store, StoreError};
-
-const LOOK: Duration = Duration::from_millis(200);
 
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
@@ -24,12 +21,8 @@ pub(super) struct Arguments {
     /// Its namespace
     #[arg(long, short, default_value = "default")]
     namespace: String,
-    /// Wait until it is gone
-    #[arg(long, default_value_t = true, num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set)]
-    wait: bool,
-    /// The longest wait, such as 30s or 5m
-    #[arg(long, default_value = "5m", value_parser = limit)]
-    timeout: Duration,
+    #[command(flatten)]
+    wait: Wait,
 }
 
 /// The Host would be there again in a moment.
@@ -59,10 +52,6 @@ struct StillThere {
     kind: &'static str,
     key: Key,
     seconds: u64,
-}
-
-pub(super) fn limit(text: &str) -> Result<Duration, String> {
-    duration::parse(text).ok_or_else(|| format!("{text:?} is not a duration such as 30s or 5m"))
 }
 
 pub(super) fn run(config: &Config, arguments: &Arguments) -> Result<(), Box<dyn Error>> {
@@ -101,21 +90,16 @@ fn delete<O: Object>(
         }));
     }
     store.delete::<O>(key)?;
-    if !arguments.wait {
-        return Ok(());
-    }
-    let began = Instant::now();
-    loop {
-        if store.get::<O>(key)?.is_none_or(|object| object.uid() != uid) {
-            return Ok(());
-        }
-        if began.elapsed() > arguments.timeout {
-            return Err(Box::new(StillThere {
-                kind: arguments.kind.singular(),
-                key: key.clone(),
-                seconds: began.elapsed().as_secs(),
-            }));
-        }
-        std::thread::sleep(LOOK);
+    let is_gone = || -> Result<bool, StoreError> {
+        let there = store.get::<O>(key)?;
+        Ok(there.is_none_or(|object| object.uid() != uid))
+    };
+    match arguments.wait.until(is_gone)? {
+        Waited::Not | Waited::Done => Ok(()),
+        Waited::InVain(seconds) => Err(Box::new(StillThere {
+            kind: arguments.kind.singular(),
+            key: key.clone(),
+            seconds,
+        })),
     }
 }

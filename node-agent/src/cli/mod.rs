@@ -8,6 +8,7 @@ mod install;
 mod list;
 mod render;
 mod status;
+mod wait;
 
 use std::error::Error;
 use std::ffi::OsString;

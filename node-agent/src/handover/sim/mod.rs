@@ -8,7 +8,8 @@
 //!
 //! - [`world`]: what there is, and how time passes in it;
 //! - [`machines`]: what VMMs and guest agents do when they are told;
-//! - [`agent`]: the effects, with crash points and faults;
+//! - [`wire`]: what becomes of a command on its way, with crash points and faults;
+//! - [`agent`]: the effects;
 //! - [`scenario`]: one run from the manifest to the end, with what must hold then;
 //! - the tests: [`crashes`], [`mutations`], [`stories`].
 
@@ -19,6 +20,7 @@ mod mutations;
 pub(crate) mod rng;
 mod scenario;
 mod stories;
+mod wire;
 mod world;
 
 /// An operation as tests of the state machine want it.

@@ -15,8 +15,9 @@ use super::super::journal::{Journal, JournalError, decode, encode};
 use super::super::plan::Plan;
 use super::super::record::{Operation, Verdict};
 use super::super::rollback;
-use super::agent::{Crash, NEW_KERNEL, moment};
+use super::agent::{NEW_KERNEL, moment};
 use super::mutations::Mutation;
+use super::wire::Crash;
 use super::world::*;
 
 /// Seeds from here on have modes of cutover, actions and rollbacks as well; those below play as they always did.
