@@ -19,6 +19,8 @@ use crate::write::{Note, Writer, Written};
 
 const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LAST_RETRY: Duration = Duration::from_secs(60);
+/// What was written is seen sooner, and looked at then. Should that never be: this often.
+const SEEN_BY: Duration = Duration::from_secs(1);
 /// After how many failures in a row an error is told on the object.
 const LASTING: u32 = 3;
 
@@ -120,6 +122,9 @@ async fn pass<K: Reconciler>(object: Arc<K>, run: Arc<Run<K>>) -> Result<Action,
 where
     ObjectRef<K>: Hash + Eq,
 {
+    if run.context.writer.has_written_since(&*object) {
+        return Ok(Action::requeue(SEEN_BY));
+    }
     let begun = Instant::now();
     let result = K::reconcile(object.clone(), run.context.clone()).await;
     let outcome = result.as_ref().err().map_or("Ok", Error::reason);
@@ -140,7 +145,7 @@ where
                     reason: error.reason().to_owned(),
                     message: error.to_string(),
                 };
-                run.context.writer.note(&*object, &note).await;
+                run.context.writer.note(&*object, &note);
             }
             return Err(error);
         }

@@ -93,7 +93,8 @@ pub async fn run(settings: Settings) -> Result<(), RunError> {
             tracing::info!(lease = settings.lease, "leading");
             metrics.leads(true);
             let limit = Limit::new(settings.writes_per_second, settings.writes_per_second * 5);
-            let writer = Writer::new(client.clone(), fence, limit, &identity, metrics.clone());
+            let (writer, notes) = Writer::new(client.clone(), fence, limit, &identity, metrics.clone());
+            tasks.spawn(notes.publish());
             let pod = PodName {
                 namespace: settings.namespace.clone(),
                 name: identity.clone(),

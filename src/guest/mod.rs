@@ -48,12 +48,15 @@ async fn apply(guest: &Guest, plan: Plan, context: &Context) -> Result<(), Error
     // The finalizer before the assignment: no agent holds what may vanish without its word.
     let annotations: Vec<(&str, String)> = plan.answered.into_iter().map(|id| (ANSWERED, id)).collect();
     let finalizer = plan.is_kept.then_some(FINALIZER);
-    writer.metadata(guest, finalizer, &annotations).await?;
+    if writer.metadata(guest, finalizer, &annotations).await? {
+        // It is looked at again as soon as that is seen; what is known of it now is older than this write.
+        return Ok(());
+    }
     if let Some(status) = &plan.status
         && writer.status(guest, status).await?
         && let Some(note) = &plan.note
     {
-        writer.note(guest, note).await;
+        writer.note(guest, note);
     }
     Ok(())
 }

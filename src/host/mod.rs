@@ -44,7 +44,7 @@ impl Reconciler for Host {
         }
         match build(&host) {
             Plan::Nothing => {}
-            Plan::Refuse(note) => writer.note(&*host, &note).await,
+            Plan::Refuse(note) => writer.note(&*host, &note),
             Plan::Make(update) => {
                 let name = update.name_any();
                 if writer.create(&*update).await? {

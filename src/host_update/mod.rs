@@ -69,7 +69,7 @@ async fn apply(update: &HostUpdate, plan: Plan, context: &Context) -> Result<(),
         && writer.status(update, status).await?
     {
         for note in &plan.notes {
-            writer.note(update, note).await;
+            writer.note(update, note);
         }
         if plan.picks {
             // The NodeUpdates follow when the picks are seen in the status.

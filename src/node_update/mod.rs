@@ -85,7 +85,7 @@ async fn apply(
         && writer.status(update, status).await?
     {
         for note in plan.note.iter().chain(&of_credential) {
-            writer.note(update, note).await;
+            writer.note(update, note);
         }
     }
     if !plan.is_kept {

@@ -18,7 +18,8 @@ pub const FINALIZER: &str = "understudy.dev/reboot";
 
 impl Reconciler for SeamlessReboot {
     const NAME: &'static str = "seamless-reboot";
-    const CONCURRENCY: u16 = 16;
+    // A burst of reboots is assigned within a second while each write takes tens of milliseconds.
+    const CONCURRENCY: u16 = 48;
 
     async fn reconcile(reboot: Arc<SeamlessReboot>, context: Arc<Context>) -> Result<Again, Error> {
         let found = fetch(&reboot, &context);
@@ -46,12 +47,15 @@ fn fetch(reboot: &SeamlessReboot, context: &Context) -> Found {
 async fn apply(reboot: &SeamlessReboot, plan: Plan, context: &Context) -> Result<(), Error> {
     let writer = &context.writer;
     let finalizer = plan.is_kept.then_some(FINALIZER);
-    writer.metadata(reboot, finalizer, &[]).await?;
+    if writer.metadata(reboot, finalizer, &[]).await? {
+        // It is looked at again as soon as that is seen; what is known of it now is older than this write.
+        return Ok(());
+    }
     if let Some(status) = &plan.status
         && writer.status(reboot, status).await?
         && let Some(note) = &plan.note
     {
-        writer.note(reboot, note).await;
+        writer.note(reboot, note);
     }
     if plan.is_expired {
         tracing::info!(reboot = %reboot.name_any(), "deleted: ttlSecondsAfterFinished");

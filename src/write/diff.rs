@@ -109,6 +109,21 @@ pub fn has_finalizer(meta: &ObjectMeta, finalizer: &str) -> bool {
     meta.finalizers.iter().flatten().any(|there| there == finalizer)
 }
 
+/// So deep managed fields are compared: as far as `f:status`, `f:conditions`, `k:{"type":"Ready"}`.
+const COMPARED: usize = 3;
+
+/// Leaves out what is deeper.
+fn trim_fields(fields: &mut Value, depth: usize) {
+    match fields {
+        Value::Object(fields) if depth > 0 => {
+            fields
+                .values_mut()
+                .for_each(|field| trim_fields(field, depth - 1));
+        }
+        other => *other = Value::Null,
+    }
+}
+
 /// Leaves of the managed fields only what is asked here: they are the larger part of a small object.
 pub fn trim_managed_fields(meta: &mut ObjectMeta) {
     let Some(entries) = &mut meta.managed_fields else {
@@ -118,6 +133,9 @@ pub fn trim_managed_fields(meta: &mut ObjectMeta) {
     for entry in entries.iter_mut() {
         if entry.manager.as_deref() != Some(OPERATOR) || entry.operation.as_deref() != Some("Apply") {
             entry.fields_v1 = None;
+        }
+        if let Some(fields) = &mut entry.fields_v1 {
+            trim_fields(&mut fields.0, COMPARED);
         }
         entry.time = None;
     }

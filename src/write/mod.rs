@@ -1,14 +1,15 @@
 //! The only way to write: fenced by the lease, limited in rate, and not at all where nothing would change.
 
 pub mod diff;
+mod latest;
 mod limit;
+mod notes;
 
 use std::fmt::Debug;
 use std::sync::Arc;
 
 use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams, Preconditions};
 use kube::core::ApiResource;
-use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -19,6 +20,7 @@ use crate::error::{Error, named};
 use crate::lease::Fence;
 use crate::metrics::Metrics;
 pub use limit::Limit;
+pub use notes::{Note, Notes};
 
 /// A status as the operator wants it: all fields of it that are the operator's, and no others.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -31,44 +33,65 @@ pub struct Status {
     pub exact: bool,
 }
 
-/// An event to publish.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Note {
-    /// Whether it is a warning.
-    pub warning: bool,
-    /// One of the reasons of the API.
-    pub reason: String,
-    /// For people.
-    pub message: String,
-}
-
 /// Objects that the operator writes.
 pub trait Written: Resource<DynamicType = ()> + Clone + Debug + Serialize + Send + Sync {}
 impl<K: Resource<DynamicType = ()> + Clone + Debug + Serialize + Send + Sync> Written for K {}
 
+/// What every write goes through.
+struct Gate {
+    fence: Fence,
+    limit: Limit,
+}
+
+impl Gate {
+    /// Writes: limited in rate, begun only while the fence is open, and given up when it closes.
+    async fn pass<T>(
+        &self,
+        action: &str,
+        write: impl Future<Output = Result<T, kube::Error>>,
+    ) -> Result<T, Error> {
+        self.limit.pass().await;
+        let deadline = self.fence.deadline().ok_or_else(|| Error::NotLeading {
+            action: action.to_owned(),
+        })?;
+        match timeout_at(deadline, write).await {
+            Ok(written) => written.map_err(|error| Error::from_kube(action, error)),
+            Err(_) => Err(Error::TooLate {
+                action: action.to_owned(),
+            }),
+        }
+    }
+}
+
 /// The operator's hand.
 pub struct Writer {
     client: Client,
-    fence: Fence,
-    limit: Limit,
-    recorder: Recorder,
+    gate: Arc<Gate>,
+    noted: notes::Sender,
+    latest: latest::Latest,
     metrics: Arc<Metrics>,
 }
 
 impl Writer {
-    /// A writer that writes only while `fence` is open. `identity` tells replicas apart in events.
-    pub fn new(client: Client, fence: Fence, limit: Limit, identity: &str, metrics: Arc<Metrics>) -> Writer {
-        let reporter = Reporter {
-            controller: OPERATOR.to_owned(),
-            instance: Some(identity.to_owned()),
-        };
-        Writer {
-            recorder: Recorder::new(client.clone(), reporter),
+    /// A writer that writes only while `fence` is open, and what publishes its events. `identity` tells replicas apart in
+    /// those.
+    pub fn new(
+        client: Client,
+        fence: Fence,
+        limit: Limit,
+        identity: &str,
+        metrics: Arc<Metrics>,
+    ) -> (Writer, Notes) {
+        let gate = Arc::new(Gate { fence, limit });
+        let (noted, notes) = Notes::new(client.clone(), gate.clone(), identity, metrics.clone());
+        let writer = Writer {
             client,
-            fence,
-            limit,
+            gate,
+            noted,
+            latest: latest::Latest::default(),
             metrics,
-        }
+        };
+        (writer, notes)
     }
 
     /// The client, for reading.
@@ -96,7 +119,8 @@ impl Writer {
         let api = self.api(object);
         let patch = Patch::Apply(&body);
         let write = api.patch_status(&name, &parameters, &patch);
-        self.write::<K, _>(&action, "apply", write).await?;
+        let written = self.write::<K, _>(&action, "apply", write).await?;
+        self.latest.wrote(&written.metadata);
         Ok(true)
     }
 
@@ -135,8 +159,14 @@ impl Writer {
         match self.write::<K, _>(action, "apply", write).await {
             // It went with its last finalizer, or was gone already.
             Err(error) if error.is_not_found() && object.meta().deletion_timestamp.is_some() => Ok(()),
-            other => other.map(drop),
+            other => other.map(|written| self.latest.wrote(&written.metadata)),
         }
+    }
+
+    /// Whether this object was written since it was read, so that acting on it would be acting twice. It is seen anew in
+    /// a moment.
+    pub fn has_written_since<K: Written>(&self, object: &K) -> bool {
+        self.latest.is_newer_than(object.meta())
     }
 
     /// Creates an object; one of that name that is there already is as good. Whether it is new.
@@ -191,43 +221,18 @@ impl Writer {
         }
     }
 
-    /// Publishes an event. One that cannot be published is logged: nothing depends on it.
-    pub async fn note<K: Written>(&self, object: &K, note: &Note) {
-        let event = Event {
-            type_: if note.warning {
-                EventType::Warning
-            } else {
-                EventType::Normal
-            },
-            reason: note.reason.clone(),
-            note: Some(note.message.chars().take(1000).collect()),
-            action: "Reconcile".to_owned(),
-            secondary: None,
-        };
-        let object_ref = object.object_ref(&());
-        let publish = self.recorder.publish(&event, &object_ref);
-        if let Err(error) = self.fenced("publishing an event", publish).await {
-            tracing::warn!(object = %named(object), reason = note.reason, %error, "an event could not be published");
-        }
+    /// Has an event published, in a while. Nothing depends on one, and nothing waits for it.
+    pub fn note<K: Written>(&self, object: &K, note: &Note) {
+        self.noted.send(object.object_ref(&()), note.clone());
     }
 
-    /// Anything else that is written: limited in rate, begun only while the fence is open, and given up when it
-    /// closes.
+    /// Anything else that is written, as all writes are.
     pub async fn fenced<T>(
         &self,
         action: &str,
         write: impl Future<Output = Result<T, kube::Error>>,
     ) -> Result<T, Error> {
-        self.limit.pass().await;
-        let deadline = self.fence.deadline().ok_or_else(|| Error::NotLeading {
-            action: action.to_owned(),
-        })?;
-        match timeout_at(deadline, write).await {
-            Ok(written) => written.map_err(|error| Error::from_kube(action, error)),
-            Err(_) => Err(Error::TooLate {
-                action: action.to_owned(),
-            }),
-        }
+        self.gate.pass(action, write).await
     }
 
     async fn write<K: Written, T>(

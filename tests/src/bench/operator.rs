@@ -71,6 +71,10 @@ impl OperatorFigures {
 
 /// Measures in `dir`; some minutes.
 pub fn measure(dir: &Path) -> Result<OperatorFigures> {
+    // A cluster with what an earlier run left would be another one.
+    if dir.exists() {
+        std::fs::remove_dir_all(dir).with_context(|| format!("cannot clear {}", dir.display()))?;
+    }
     let installed = Installed::start(dir)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
