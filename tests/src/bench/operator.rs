@@ -21,7 +21,8 @@ use crate::operator::{Agents, Installed, Operator, USER};
 /// Guests and Hosts of the cluster, guests spread evenly.
 const GUESTS: usize = 10_000;
 const HOSTS: usize = 1_000;
-/// Reboots in flight at a time, and how many there are in all.
+/// Reboots in flight at a time, each begun when another is over, and how many there are in all. Then as many more as are
+/// in flight, asked for in one moment.
 const IN_FLIGHT: usize = 50;
 const REBOOTS: usize = 500;
 /// As often as real agents speak.
@@ -54,6 +55,9 @@ pub struct OperatorFigures {
     pub in_flight: usize,
     /// From a reboot's creation being asked until it was seen as assigned, in microseconds, in order.
     pub reactions_us: Vec<u64>,
+    /// The same where as many are asked for in one moment.
+    #[serde(default)]
+    pub burst_us: Vec<u64>,
     /// Writes of the operator for each reboot, events among them.
     pub operator_writes: f64,
     /// Writes of the agent's for each reboot.
@@ -63,10 +67,20 @@ pub struct OperatorFigures {
 impl OperatorFigures {
     /// The reaction that `part` of the reboots did not exceed, in microseconds.
     pub fn reaction_us(&self, part: f64) -> f64 {
-        let last = self.reactions_us.len().saturating_sub(1);
-        let at = (last as f64 * part).ceil() as usize;
-        self.reactions_us.get(at).map_or(f64::NAN, |us| *us as f64)
+        within(&self.reactions_us, part)
     }
+
+    /// The same of those that were asked for in one moment.
+    pub fn burst_us(&self, part: f64) -> f64 {
+        within(&self.burst_us, part)
+    }
+}
+
+/// What `part` of these, which are in order, do not exceed.
+fn within(ordered: &[u64], part: f64) -> f64 {
+    let last = ordered.len().saturating_sub(1);
+    let at = (last as f64 * part).ceil() as usize;
+    ordered.get(at).map_or(f64::NAN, |us| *us as f64)
 }
 
 /// Measures in `dir`; some minutes.
@@ -103,11 +117,16 @@ pub fn measure(dir: &Path) -> Result<OperatorFigures> {
     say("nothing happens for three heartbeats of each host");
 
     let begun_with = installed.audit()?.writes_of(USER).len();
-    let mut reactions_us = runtime.block_on(reboots(&client))?;
+    // Spread, as those are that are under way in a cluster: each begins when another is over.
+    let apart = PHASE * u32::try_from(REBOOT_PHASES.len())? / u32::try_from(IN_FLIGHT)?;
+    let reactions_us = runtime.block_on(reboots(&client, 0..REBOOTS, apart))?;
     rests(&mut operator, &agents)?;
     say("every reboot is over");
+    let burst = REBOOTS..REBOOTS + IN_FLIGHT;
+    let burst_us = runtime.block_on(reboots(&client, burst.clone(), Duration::ZERO))?;
+    rests(&mut operator, &agents)?;
+    say("so is every one of those that were asked for in one moment");
     let audit = installed.audit()?;
-    reactions_us.sort_unstable();
     let written = audit.writes_of(USER).len() - begun_with;
     let by_agents = audit.writes_of("admin");
     let of_reboots = |resource: &str| {
@@ -125,9 +144,10 @@ pub fn measure(dir: &Path) -> Result<OperatorFigures> {
         quiet_heartbeats: quiet,
         quiet_writes,
         in_flight: IN_FLIGHT,
-        operator_writes: written as f64 / REBOOTS as f64,
-        agent_writes: of_reboots("seamlessreboots/status") as f64 / REBOOTS as f64,
+        operator_writes: written as f64 / burst.end as f64,
+        agent_writes: of_reboots("seamlessreboots/status") as f64 / burst.end as f64,
         reactions_us,
+        burst_us,
     };
     drop(agents);
     ensure!(
@@ -190,8 +210,9 @@ async fn fill(client: &Client, agents: &Agents) -> Result<()> {
     Ok(())
 }
 
-/// Reboots, so many in flight at a time; how long each waited to be assigned.
-async fn reboots(client: &Client) -> Result<Vec<u64>> {
+/// Reboots of these numbers, so many in flight at a time, the first of them so far apart; how long each waited to be
+/// assigned, in order.
+async fn reboots(client: &Client, numbers: std::ops::Range<usize>, apart: Duration) -> Result<Vec<u64>> {
     let (seen, assigned) = watch::channel(std::collections::HashMap::<String, Instant>::new());
     let reboots = api(client, API_VERSION, "SeamlessReboot", Some(NAMESPACE));
     let events = reboots.watch(&WatchParams::default().timeout(290), "0").await?;
@@ -207,13 +228,24 @@ async fn reboots(client: &Client) -> Result<Vec<u64>> {
             }
         }
     });
-    let waited = stream::iter(0..REBOOTS)
-        .map(|number| reboot(client, number, assigned.clone()))
+    let begun = tokio::time::Instant::now();
+    let waited = stream::iter(numbers.enumerate())
+        .map(|(nth, number)| {
+            let assigned = assigned.clone();
+            async move {
+                if let Ok(nth) = u32::try_from(nth) {
+                    tokio::time::sleep_until(begun + apart * nth).await;
+                }
+                reboot(client, number, assigned).await
+            }
+        })
         .buffer_unordered(IN_FLIGHT)
         .try_collect::<Vec<_>>()
         .await;
     follow.abort();
-    waited
+    let mut waited = waited?;
+    waited.sort_unstable();
+    Ok(waited)
 }
 
 fn is_assigned(object: &DynamicObject) -> bool {
@@ -279,6 +311,7 @@ mod tests {
             quiet_writes: 0,
             in_flight: 0,
             reactions_us: (0..=100).collect(),
+            burst_us: Vec::new(),
             operator_writes: 0.0,
             agent_writes: 0.0,
         };

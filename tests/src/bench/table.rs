@@ -268,6 +268,12 @@ fn operator(figures: &OperatorFigures) -> Vec<Row> {
             ),
         },
         Row {
+            figure: "operator, all asked at once".to_owned(),
+            measured: format!("99 in 100 {}", duration(figures.burst_us(0.99))),
+            beside: format!("median {}", duration(figures.burst_us(0.5))),
+            verdict: format!("{} in one moment", figures.burst_us.len()),
+        },
+        Row {
             figure: "operator, steady state".to_owned(),
             measured: format!("{} writes", figures.quiet_writes),
             beside: format!("{} heartbeats", figures.quiet_heartbeats),

@@ -94,7 +94,7 @@ pub fn a_host_update_takes_one_node_of_a_cluster_after_the_other(context: &Conte
     while_the_api_server_is_away(context, &mut cluster, &guest.ssh)?;
     ensure!(guest.life()? == life, "the guest's session did not go on");
     let mut cordoned = BTreeSet::new();
-    wait_until("the HostUpdate to be complete", LIMIT, POLL, || {
+    wait_until("the HostUpdate to be Ready", LIMIT, POLL, || {
         let nodes = cluster.plane.get(&["nodes"])?;
         let now: Vec<&str> = items(&nodes)
             .filter(|node| node["spec"]["unschedulable"] == true)
@@ -107,8 +107,8 @@ pub fn a_host_update_takes_one_node_of_a_cluster_after_the_other(context: &Conte
             }
         }
         let update = cluster.plane.get(&["hostupdate", UPDATE])?;
-        ensure!(!condition_is(&update, "Failed", "True"), "{}", update["status"]);
-        Ok(condition_is(&update, "Complete", "True").then_some(()))
+        ensure!(!condition_is(&update, "Stalled", "True"), "{}", update["status"]);
+        Ok(condition_is(&update, "Ready", "True").then_some(()))
     })
     .with_context(|| {
         let told = cluster.plane.kubectl(&[
