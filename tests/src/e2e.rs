@@ -60,9 +60,25 @@ impl Run {
         Ok(Self { stage, binaries, dir })
     }
 
-    /// Runs one test; what went on is collected when it fails.
+    /// Runs one test; what went on is collected when it fails. A test whose node was lost under it is run once
+    /// more, for emulated processors have faults of their own: a test that loses its node twice has failed.
     pub fn test(&self, name: &str, test: fn(&Context) -> Result<()>) -> Result<(), String> {
-        self.run(name, test).map_err(|error| {
+        let first = self.run(name, test);
+        let lost = match &first {
+            Ok(()) => None,
+            Err(_) => self.stage.node.lost().unwrap_or_default(),
+        };
+        let outcome = match (first, lost) {
+            (Err(error), Some(kept)) => {
+                eprintln!(
+                    "    {name} failed when its node was lost ({error:#}); once more\n{}",
+                    fs::read_to_string(&kept).unwrap_or_default()
+                );
+                self.run(name, test)
+            }
+            (outcome, _) => outcome,
+        };
+        outcome.map_err(|error| {
             // Logs are on its disk, and a test may have failed while the node was down.
             let powered = self.stage.power_on();
             let logs = match powered.and_then(|()| self.collect(name)) {

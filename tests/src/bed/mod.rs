@@ -7,6 +7,7 @@
 mod boot;
 mod guest_check;
 mod images;
+mod lost;
 mod netns;
 mod node;
 mod qmp;

@@ -10,11 +10,13 @@ use serde_json::json;
 
 use super::boot::{End, newest_kernel, note_power_cut};
 use super::netns::run;
-use super::{GATEWAY, Images, NetNs, Qmp, Ssh, cache_dir, wait_until};
+use super::{GATEWAY, Images, NetNs, Qmp, Ssh, cache_dir, lost, wait_until};
 
 /// A node boots in 15 to 25 s on an idle machine; emulation beside a busy build takes longer.
 const BOOT_LIMIT: Duration = Duration::from_secs(480);
 const STOP_LIMIT: Duration = Duration::from_secs(90);
+/// A node that has been up answers within seconds, within half a minute beside busy builds.
+const SILENCE_LIMIT: Duration = Duration::from_secs(180);
 const POLL: Duration = Duration::from_millis(200);
 /// The emulated processor. Without cmpxchg16b, on which QEMU 7.2 double-faults with newer kernels. A page table
 /// of four levels instead of five, twice so when nested, and no SMAP are sooner emulated.
@@ -175,18 +177,19 @@ impl Node {
 
     /// Starts the node where it is not up and waits until commands can be run in it. Its disks are
     /// made anew when the node image has changed since, or when `fresh` asks for it. Returns whether
-    /// it had to be started.
+    /// it had to be started. One that has been lost is reset first: see [`Self::lost`].
     pub fn up(&self, images: &Images, options: &NodeOptions, fresh: bool) -> Result<bool> {
         fs::create_dir_all(&self.dir).with_context(|| format!("cannot create {}", self.dir.display()))?;
         let made_from = self.dir.join("image");
         let current = fs::read_to_string(&made_from).is_ok_and(|path| Path::new(path.trim()) == images.node);
         let fresh = fresh || !current;
         if let Status::Up(_) = self.status() {
-            if !fresh {
-                self.wait_for_ssh()?;
+            if !fresh && self.lost()?.is_none() {
                 return Ok(false);
             }
-            eprintln!("node {}: up on other disks, is made anew", self.name);
+            if fresh {
+                eprintln!("node {}: up on other disks, is made anew", self.name);
+            }
             self.kill()?;
         }
         if fresh {
@@ -243,6 +246,26 @@ impl Node {
             }
         }
         Ok(())
+    }
+
+    /// Whether the node is lost, where it should be up: its kernel died, or its emulator did or hangs. Of such a
+    /// node what can be seen from outside is kept, in the file that is returned. Its power is as it was.
+    pub fn lost(&self) -> Result<Option<PathBuf>> {
+        let why = match self.status() {
+            Status::Up(_) => match self.ssh.wait(SILENCE_LIMIT, || self.ensure_not_lost()) {
+                Ok(()) => return Ok(None),
+                Err(error) => format!("{error:#}"),
+            },
+            Status::Down if self.end() == End::Lost => "it is down, and nobody switched it off".to_owned(),
+            Status::Down => return Ok(None),
+        };
+        let kept = lost::keep(self, &why)?;
+        eprintln!(
+            "node {} is lost: {why}; what can be seen of it is in {}",
+            self.name,
+            kept.display()
+        );
+        Ok(Some(kept))
     }
 
     /// What the console has printed since the node was last started.
@@ -406,9 +429,9 @@ impl Node {
             )
         };
         // QEMU keeps what it translated by virtual address: with randomised ones each exec is translated
-        // anew, which costs two thirds of the time.
+        // anew, which costs two thirds of the time. A kernel that dies ends QEMU, so that it is noticed at once.
         let mut cmdline = format!(
-            "root=/dev/vda rw console=ttyS0 quiet loglevel=5 norandmaps mitigations=off systemd.hostname=node ip={}::{GATEWAY}:255.255.255.0::br0:off",
+            "root=/dev/vda rw console=ttyS0 quiet loglevel=5 norandmaps mitigations=off oops=panic panic=1 systemd.hostname=node ip={}::{GATEWAY}:255.255.255.0::br0:off",
             self.address()
         );
         if self.number > 0 {
