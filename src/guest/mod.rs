@@ -22,12 +22,35 @@ impl Reconciler for Guest {
     const CONCURRENCY: u16 = 16;
 
     async fn reconcile(guest: Arc<Guest>, context: Arc<Context>) -> Result<Again, Error> {
-        let found = fetch(&guest, &context);
-        let plan = build::build(&guest, &found, Timestamp::now());
-        apply(&guest, plan, &context).await?;
+        let writer = &context.writer;
+        let (mut guest, mut plan) = look(guest, &context);
+        if let Some(reboot) = &plan.reboot
+            && writer.create(reboot).await?
+        {
+            tracing::info!(guest = %guest.name_any(), reboot = %reboot.name_any(), "made the SeamlessReboot that the guest asked for");
+        }
+        // The finalizer before the assignment: no agent holds what may vanish without its word.
+        let answered = plan.answered.clone();
+        let annotations: Vec<(&str, String)> = answered.into_iter().map(|id| (ANSWERED, id)).collect();
+        let finalizer = plan.is_kept.then_some(FINALIZER);
+        if let Some(written) = writer.metadata(&*guest, finalizer, &annotations).await? {
+            (guest, plan) = look(Arc::new(written), &context);
+        }
+        if let Some(status) = &plan.status
+            && writer.status(&*guest, status).await?
+            && let Some(note) = &plan.note
+        {
+            writer.note(&*guest, note);
+        }
         // Whatever it waits for is told: nodes, hosts, and silence.
         Ok(Again::default())
     }
+}
+
+/// The object, and what shall become of it.
+fn look(guest: Arc<Guest>, context: &Context) -> (Arc<Guest>, Plan) {
+    let plan = build::build(&guest, &fetch(&guest, context), Timestamp::now());
+    (guest, plan)
 }
 
 fn fetch(guest: &Guest, context: &Context) -> Found {
@@ -36,27 +59,4 @@ fn fetch(guest: &Guest, context: &Context) -> Found {
     Found {
         place: node.map(|node| context.world.place(&node)),
     }
-}
-
-async fn apply(guest: &Guest, plan: Plan, context: &Context) -> Result<(), Error> {
-    let writer = &context.writer;
-    if let Some(reboot) = &plan.reboot
-        && writer.create(reboot).await?
-    {
-        tracing::info!(guest = %guest.name_any(), reboot = %reboot.name_any(), "made the SeamlessReboot that the guest asked for");
-    }
-    // The finalizer before the assignment: no agent holds what may vanish without its word.
-    let annotations: Vec<(&str, String)> = plan.answered.into_iter().map(|id| (ANSWERED, id)).collect();
-    let finalizer = plan.is_kept.then_some(FINALIZER);
-    if writer.metadata(guest, finalizer, &annotations).await? {
-        // It is looked at again as soon as that is seen; what is known of it now is older than this write.
-        return Ok(());
-    }
-    if let Some(status) = &plan.status
-        && writer.status(guest, status).await?
-        && let Some(note) = &plan.note
-    {
-        writer.note(guest, note);
-    }
-    Ok(())
 }

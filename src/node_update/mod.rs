@@ -112,5 +112,5 @@ async fn set_cordon(update: &NodeUpdate, cordon: Cordon, context: &Context) -> R
         Cordon::Release => format!("uncordoning node {name}"),
     };
     tracing::info!(node = name, update = %update.name_any(), action);
-    context.writer.apply(&action, &*node, &body).await
+    context.writer.apply(&action, &*node, &body).await.map(drop)
 }

@@ -155,7 +155,7 @@ async fn record(secret: &Secret, kept: &Kept, update: &NodeUpdate, context: &Con
     let mut body = write::body(secret);
     body["metadata"]["resourceVersion"] = json!(secret.resource_version());
     body["data"] = json!({fields::RELEASES: ByteString(releases)});
-    context.writer.apply(&action, secret, &body).await
+    context.writer.apply(&action, secret, &body).await.map(drop)
 }
 
 async fn read(update: &NodeUpdate, context: &Context) -> Result<Option<Secret>, Error> {

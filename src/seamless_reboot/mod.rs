@@ -22,12 +22,30 @@ impl Reconciler for SeamlessReboot {
     const CONCURRENCY: u16 = 48;
 
     async fn reconcile(reboot: Arc<SeamlessReboot>, context: Arc<Context>) -> Result<Again, Error> {
-        let found = fetch(&reboot, &context);
-        let plan = build::build(&reboot, &found, Timestamp::now());
-        let again = Again(plan.again);
-        apply(&reboot, plan, &context).await?;
-        Ok(again)
+        let writer = &context.writer;
+        let (mut reboot, mut plan) = look(reboot, &context);
+        let finalizer = plan.is_kept.then_some(FINALIZER);
+        if let Some(written) = writer.metadata(&*reboot, finalizer, &[]).await? {
+            (reboot, plan) = look(Arc::new(written), &context);
+        }
+        if let Some(status) = &plan.status
+            && writer.status(&*reboot, status).await?
+            && let Some(note) = &plan.note
+        {
+            writer.note(&*reboot, note);
+        }
+        if plan.is_expired {
+            tracing::info!(reboot = %reboot.name_any(), "deleted: ttlSecondsAfterFinished");
+            writer.delete(&*reboot).await?;
+        }
+        Ok(Again(plan.again))
     }
+}
+
+/// The object, and what shall become of it.
+fn look(reboot: Arc<SeamlessReboot>, context: &Context) -> (Arc<SeamlessReboot>, Plan) {
+    let plan = build::build(&reboot, &fetch(&reboot, context), Timestamp::now());
+    (reboot, plan)
 }
 
 fn fetch(reboot: &SeamlessReboot, context: &Context) -> Found {
@@ -42,24 +60,4 @@ fn fetch(reboot: &SeamlessReboot, context: &Context) -> Found {
         place: assigned.or(of_guest).map(|node| context.world.place(&node)),
         guest,
     }
-}
-
-async fn apply(reboot: &SeamlessReboot, plan: Plan, context: &Context) -> Result<(), Error> {
-    let writer = &context.writer;
-    let finalizer = plan.is_kept.then_some(FINALIZER);
-    if writer.metadata(reboot, finalizer, &[]).await? {
-        // It is looked at again as soon as that is seen; what is known of it now is older than this write.
-        return Ok(());
-    }
-    if let Some(status) = &plan.status
-        && writer.status(reboot, status).await?
-        && let Some(note) = &plan.note
-    {
-        writer.note(reboot, note);
-    }
-    if plan.is_expired {
-        tracing::info!(reboot = %reboot.name_any(), "deleted: ttlSecondsAfterFinished");
-        writer.delete(reboot).await?;
-    }
-    Ok(())
 }

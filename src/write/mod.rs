@@ -12,6 +12,7 @@ use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams, Pre
 use kube::core::ApiResource;
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use tokio::time::timeout_at;
 use understudy_api::managers::OPERATOR;
@@ -34,8 +35,14 @@ pub struct Status {
 }
 
 /// Objects that the operator writes.
-pub trait Written: Resource<DynamicType = ()> + Clone + Debug + Serialize + Send + Sync {}
-impl<K: Resource<DynamicType = ()> + Clone + Debug + Serialize + Send + Sync> Written for K {}
+pub trait Written:
+    Resource<DynamicType = ()> + Clone + Debug + Serialize + DeserializeOwned + Send + Sync
+{
+}
+impl<K: Resource<DynamicType = ()> + Clone + Debug + Serialize + DeserializeOwned + Send + Sync> Written
+    for K
+{
+}
 
 /// What every write goes through.
 struct Gate {
@@ -124,15 +131,16 @@ impl Writer {
         Ok(true)
     }
 
-    /// Applies the operator's finalizer and annotations, and takes away others of its own. Whether it wrote.
+    /// Applies the operator's finalizer and annotations, and takes away others of its own. Where it wrote: the object as
+    /// it is now, which the watch tells later; a pass goes on with that one.
     pub async fn metadata<K: Written>(
         &self,
         object: &K,
         finalizer: Option<&str>,
         annotations: &[(&str, String)],
-    ) -> Result<bool, Error> {
+    ) -> Result<Option<K>, Error> {
         if !diff::metadata_changes(object.meta(), finalizer, annotations) {
-            return Ok(false);
+            return Ok(None);
         }
         let action = format!("applying the metadata of {}", named(object));
         let mut body = body(object);
@@ -145,12 +153,21 @@ impl Writer {
                 .map(|(name, value)| ((*name).to_owned(), json!(value)));
             body["metadata"]["annotations"] = Value::Object(annotations.collect());
         }
-        self.apply(&action, object, &body).await?;
-        Ok(true)
+        let Some(written) = self.apply(&action, object, &body).await? else {
+            return Ok(None);
+        };
+        self.latest.wrote(&written.metadata);
+        decode(&action, &written).map(Some)
     }
 
-    /// Applies `body` as all that the operator owns of an object but its status.
-    pub async fn apply<K: Written>(&self, action: &str, object: &K, body: &Value) -> Result<(), Error> {
+    /// Applies `body` as all that the operator owns of an object but its status. The object as it is now; `None` where
+    /// it is gone.
+    pub async fn apply<K: Written>(
+        &self,
+        action: &str,
+        object: &K,
+        body: &Value,
+    ) -> Result<Option<DynamicObject>, Error> {
         let name = object.name_any();
         let parameters = PatchParams::apply(OPERATOR);
         let api = self.api(object);
@@ -158,8 +175,8 @@ impl Writer {
         let write = api.patch(&name, &parameters, &patch);
         match self.write::<K, _>(action, "apply", write).await {
             // It went with its last finalizer, or was gone already.
-            Err(error) if error.is_not_found() && object.meta().deletion_timestamp.is_some() => Ok(()),
-            other => other.map(|written| self.latest.wrote(&written.metadata)),
+            Err(error) if error.is_not_found() && object.meta().deletion_timestamp.is_some() => Ok(None),
+            other => other.map(Some),
         }
     }
 
@@ -268,6 +285,14 @@ pub fn body<K: Written>(object: &K) -> Value {
 
 fn encode<K: Written>(action: &str, object: &K) -> Result<Value, Error> {
     serde_json::to_value(object).map_err(|source| Error::Encode {
+        action: action.to_owned(),
+        source,
+    })
+}
+
+fn decode<K: Written>(action: &str, object: &DynamicObject) -> Result<K, Error> {
+    let decoded = serde_json::to_value(object).and_then(serde_json::from_value);
+    decoded.map_err(|source| Error::Encode {
         action: action.to_owned(),
         source,
     })
