@@ -24,11 +24,11 @@ const HOSTS: usize = 1_000;
 /// Reboots in flight at a time, each begun when another is over, and how many there are in all. Then as many more as are
 /// in flight, asked for in one moment.
 const IN_FLIGHT: usize = 50;
-const REBOOTS: usize = 500;
+const REBOOTS: usize = 300;
 /// As often as real agents speak.
 const HEARTBEAT: Duration = Duration::from_secs(10);
-/// How long each phase of a reboot takes; shorter than any real one.
-const PHASE: Duration = Duration::from_secs(1);
+/// How long each phase of a reboot takes: half a minute for all, which is sooner than a real clone has booted.
+const PHASE: Duration = Duration::from_secs(5);
 /// Requests at a time while the cluster is filled.
 const AT_ONCE: usize = 24;
 const NAMESPACE: &str = "bench";
