@@ -14,6 +14,8 @@ use super::{GATEWAY, Images, NetNs, Qmp, Ssh, cache_dir, lost, wait_until};
 
 /// A node boots in 15 to 25 s on an idle machine; emulation beside a busy build takes longer.
 const BOOT_LIMIT: Duration = Duration::from_secs(480);
+/// After so long it is taken for hung, and reset once.
+const HUNG_AFTER: Duration = Duration::from_secs(240);
 const STOP_LIMIT: Duration = Duration::from_secs(90);
 /// A node that has been up answers within seconds, within half a minute beside busy builds.
 const SILENCE_LIMIT: Duration = Duration::from_secs(180);
@@ -199,7 +201,16 @@ impl Node {
         self.netns.up()?;
         self.netns.tap(&self.tap())?;
         self.boot(images, options)?;
-        self.wait_for_ssh()?;
+        if let Err(error) = self.wait_for_ssh_within(HUNG_AFTER) {
+            let kept = lost::keep(self, &format!("{error:#}"))?;
+            eprintln!(
+                "{error:#}; it is reset; what can be seen of it is in {}",
+                kept.display()
+            );
+            self.kill()?;
+            self.boot(images, options)?;
+            self.wait_for_ssh()?;
+        }
         Ok(true)
     }
 
@@ -507,7 +518,11 @@ impl Node {
     }
 
     pub(super) fn wait_for_ssh(&self) -> Result<()> {
-        let waited = self.ssh.wait(BOOT_LIMIT, || match self.status() {
+        self.wait_for_ssh_within(BOOT_LIMIT)
+    }
+
+    fn wait_for_ssh_within(&self, limit: Duration) -> Result<()> {
+        let waited = self.ssh.wait(limit, || match self.status() {
             Status::Up(_) => Ok(()),
             Status::Down => self.ensure_not_lost(),
         });
