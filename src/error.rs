@@ -1,5 +1,6 @@
 //! What can go wrong in a reconcile. The variants' names are event reasons and metric labels.
 
+use kube::core::dynamic::ParseDynamicObjectError;
 use kube::runtime::reflector::ObjectRef;
 
 /// Why an object was not reconciled; it is tried again.
@@ -71,6 +72,14 @@ pub enum Error {
         /// Why.
         source: serde_json::Error,
     },
+    /// What the server answered is no object of the kind that was written.
+    #[error("{action}: the server's answer is not understood: {source}")]
+    Answer {
+        /// What was written.
+        action: String,
+        /// Why.
+        source: ParseDynamicObjectError,
+    },
 }
 
 impl Error {
@@ -108,6 +117,7 @@ impl Error {
             Error::Api { .. } => "Api",
             Error::Credential { .. } => "Credential",
             Error::Encode { .. } => "Encode",
+            Error::Answer { .. } => "Answer",
         }
     }
 
@@ -126,7 +136,8 @@ impl Error {
             Error::NotLeading { .. }
             | Error::TooLate { .. }
             | Error::Credential { .. }
-            | Error::Encode { .. } => None,
+            | Error::Encode { .. }
+            | Error::Answer { .. } => None,
             Error::Api { .. } => self.refusal().map(|status| status.message.as_str()),
         }
     }

@@ -131,8 +131,9 @@ impl Writer {
         Ok(true)
     }
 
-    /// Applies the operator's finalizer and annotations, and takes away others of its own. Where it wrote: the object as
-    /// it is now, which the watch tells later; a pass goes on with that one.
+    /// Applies the operator's finalizer and annotations, and takes away others of its own. The object as it is now, which
+    /// the watch tells later: a pass goes on with that one. `None` where nothing was to be written, and where the object
+    /// went with its last finalizer.
     pub async fn metadata<K: Written>(
         &self,
         object: &K,
@@ -157,7 +158,10 @@ impl Writer {
             return Ok(None);
         };
         self.latest.wrote(&written.metadata);
-        decode(&action, &written).map(Some)
+        let parsed = written.try_parse();
+        parsed
+            .map(Some)
+            .map_err(|source| Error::Answer { action, source })
     }
 
     /// Applies `body` as all that the operator owns of an object but its status. The object as it is now; `None` where
@@ -285,14 +289,6 @@ pub fn body<K: Written>(object: &K) -> Value {
 
 fn encode<K: Written>(action: &str, object: &K) -> Result<Value, Error> {
     serde_json::to_value(object).map_err(|source| Error::Encode {
-        action: action.to_owned(),
-        source,
-    })
-}
-
-fn decode<K: Written>(action: &str, object: &DynamicObject) -> Result<K, Error> {
-    let decoded = serde_json::to_value(object).and_then(serde_json::from_value);
-    decoded.map_err(|source| Error::Encode {
         action: action.to_owned(),
         source,
     })
