@@ -93,6 +93,12 @@ fn the_dockerfile_builds_with_the_toolchain_of_the_workspace() {
         text("images/Dockerfile").contains(&format!("FROM rust:{version}-")),
         "it is not {version}"
     );
+    // That file names components which the base image lacks: rustup would fetch them in the middle of the build.
+    assert!(
+        text(".dockerignore")
+            .lines()
+            .any(|line| line == "rust-toolchain.toml")
+    );
 }
 
 /// What the agent's Pod decides itself: where its binaries are, that there are no manifests, how VMMs are kept.
