@@ -63,20 +63,13 @@ impl Run {
     /// Runs one test; what went on is collected when it fails. A test whose node was lost under it is run once
     /// more, for emulated processors have faults of their own: a test that loses its node twice has failed.
     pub fn test(&self, name: &str, test: fn(&Context) -> Result<()>) -> Result<(), String> {
-        let first = self.run(name, test);
-        let lost = match &first {
-            Ok(()) => None,
-            Err(_) => self.stage.node.lost().unwrap_or_default(),
-        };
-        let outcome = match (first, lost) {
-            (Err(error), Some(kept)) => {
-                eprintln!(
-                    "    {name} failed when its node was lost ({error:#}); once more\n{}",
-                    fs::read_to_string(&kept).unwrap_or_default()
-                );
+        let outcome = match self.run(name, test) {
+            Ok(()) => Ok(()),
+            Err(error) if self.reset_lost_node() => {
+                eprintln!("    {name} failed when its node was lost ({error:#}); once more");
                 self.run(name, test)
             }
-            (outcome, _) => outcome,
+            failed => failed,
         };
         outcome.map_err(|error| {
             // Logs are on its disk, and a test may have failed while the node was down.
@@ -87,6 +80,31 @@ impl Run {
             };
             format!("{error:#}\n{logs}")
         })
+    }
+
+    /// Whether the node was lost; then what can be seen of it is printed, for a machine may keep no files of a run, and
+    /// its power is cut.
+    fn reset_lost_node(&self) -> bool {
+        let node = &self.stage.node;
+        let kept = match node.lost() {
+            Ok(Some(kept)) => kept,
+            Ok(None) => return false,
+            Err(error) => {
+                eprintln!("    whether the node is lost could not be told: {error:#}");
+                return false;
+            }
+        };
+        match fs::read_to_string(&kept) {
+            Ok(seen) => eprintln!("{seen}"),
+            Err(error) => eprintln!("    {} cannot be read: {error}", kept.display()),
+        }
+        match node.kill() {
+            Ok(()) => true,
+            Err(error) => {
+                eprintln!("    the lost node could not be reset: {error:#}");
+                false
+            }
+        }
     }
 
     fn run(&self, name: &str, test: fn(&Context) -> Result<()>) -> Result<()> {
